@@ -1,0 +1,301 @@
+"""Figures of a run: learning curves, trees, comparisons of methods.
+
+They are drawn on `matplotlib.figure.Figure` objects of their own, never on pyplot's global state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.textpath import text_to_path
+from matplotlib.ticker import MaxNLocator
+
+if TYPE_CHECKING:
+    from nltk import Tree
+
+PANELS: Mapping[str, Sequence[str]] = {
+    "E-step loss": ("train/e_loss*", "schedule/*"),
+    "M-step loss": ("train/m_loss*",),
+    "Negative log-likelihood (nats)": ("*/*nll*",),
+    "Sentence F1": ("*/*sentence_f1*",),
+    "Corpus F1": ("*/*corpus_f1*",),
+    "Posterior gap (nats)": ("*/*gap*",),
+    "Distinct latents": ("*/*distinct*",),
+    "Spans ending at the right edge": ("*/*right*edge*",),
+}
+"""Panel title -> patterns of the metrics that it shows."""
+
+_INK, _PALE, _BLUE = "#222222", "#858585", "#1f6fb4"
+_COLORS = (_BLUE, "#d1601f", "#3a8f4d", "#8d5fb0", "#b5892b", "#5b6770")
+_SMOOTHED_FROM = 60  # points; a curve of more is drawn pale, with its running mean on top
+
+
+def learning_curves(
+    metrics: Sequence[Mapping[str, float]],
+    panels: Mapping[str, Sequence[str]] = PANELS,
+    step: str = "train/m_steps",
+) -> Figure:
+    """Draw the metrics of a run over its M-steps, one panel for each kind of metric.
+
+    Panels without any finite value are left out. Where several lines have the same step, the
+    last one counts.
+
+    Args:
+        metrics: the lines of `metrics.jsonl` (`Run.metrics()`).
+        panels: panel title -> patterns of the metrics in it.
+        step: the metric on the horizontal axis.
+    """
+    curves = {title: _curves(metrics, patterns, step) for title, patterns in panels.items()}
+    curves = {title: found for title, found in curves.items() if found}
+    columns = min(3, max(1, len(curves)))
+    rows = max(1, math.ceil(len(curves) / columns))
+    figure = Figure(
+        figsize=(4.6 * columns, 3.2 * rows),
+        layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1),
+    )
+    first: Axes | None = None
+    for index, (title, found) in enumerate(curves.items(), start=1):
+        axes = figure.add_subplot(rows, columns, index, sharex=first)
+        first = first or axes
+        _style(axes, title)
+        axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        axes.set_xlabel("M-steps", fontsize=9, color=_INK)
+        for number, (key, (steps, values)) in enumerate(found.items()):
+            _curve(axes, steps, values, key, _COLORS[number % len(_COLORS)])
+        values = [value for _, curve in found.values() for value in curve]
+        if min(values) > 0 and max(values) / min(values) > 50:
+            axes.set_yscale("log")
+        if len(found) > 1:
+            axes.legend(fontsize=8, framealpha=0.8, edgecolor="none")
+        else:
+            axes.set_ylabel(next(iter(found)), fontsize=8, color=_PALE)
+    return figure
+
+
+def _curves(
+    metrics: Sequence[Mapping[str, float]], patterns: Sequence[str], step: str
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Collect the finite values of the metrics that fit a pattern: name -> (steps, values)."""
+    points: dict[str, dict[float, float]] = {}
+    for line in metrics:
+        for key, value in line.items():
+            fits = key != step and any(fnmatchcase(key, pattern) for pattern in patterns)
+            if fits and step in line and math.isfinite(value):
+                points.setdefault(key, {})[line[step]] = value
+    return {key: (list(curve), list(curve.values())) for key, curve in points.items()}
+
+
+def _curve(
+    axes: Axes, steps: Sequence[float], values: Sequence[float], label: str, color: str
+) -> None:
+    if len(values) < _SMOOTHED_FROM:
+        axes.plot(steps, values, color=color, linewidth=1.6, marker="o", markersize=3, label=label)
+        return
+    axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.3)
+    half = len(values) // 40
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    means = [sum(window) / len(window) for window in windows]
+    axes.plot(steps, means, color=color, linewidth=1.8, label=label)
+
+
+def bar_table(rows: Mapping[str, Mapping[str, float]], title: str = "", own: str = "") -> Figure:
+    """Draw a table of methods and their scores as bars with the numbers beside them.
+
+    Args:
+        rows: method -> score name -> value, in percent. A score that a method lacks leaves a
+            gap.
+        title: stands over the figure.
+        own: the method to set off from the others.
+    """
+    scores = list(dict.fromkeys(score for row in rows.values() for score in row))
+    figure = Figure(figsize=(1.6 + 2.6 * len(scores), 1.0 + 0.36 * len(rows)), layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=_INK)
+    places = {method: len(rows) - 1 - index for index, method in enumerate(rows)}
+    for column, score in enumerate(scores, start=1):
+        axes = figure.add_subplot(1, len(scores), column)
+        _style(axes, score)
+        axes.spines[["left", "bottom"]].set_visible(False)
+        axes.tick_params(length=0)
+        axes.set_xticks([])
+        axes.set_yticks(list(places.values()), list(places) if column == 1 else [""] * len(rows))
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        values = {method: row[score] for method, row in rows.items() if score in row}
+        axes.set_xlim(0, 1.25 * max(values.values()) or 1)
+        for method, value in values.items():
+            mine = method == own
+            axes.barh(places[method], value, height=0.62, color=_BLUE if mine else "#c9ced3")
+            axes.annotate(
+                f"{value:.1f}",
+                (value, places[method]),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9,
+                color=_INK,
+                fontweight="bold" if mine else "normal",
+            )
+    return figure
+
+
+def _style(axes: Axes, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=_INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_PALE)
+    axes.tick_params(colors=_INK, labelsize=8, color=_PALE)
+
+
+# Trees. All lengths are inches, so that a word takes the room that it needs whatever the tree.
+_LEVEL = 0.34  # from a node up to its parent
+_WORD_SIZE, _LABEL_SIZE = 10, 8  # points
+_WORD_GAP = 0.16  # between two words
+_MARGIN = 0.25
+_TREE_GAP = 0.6  # between the predicted tree and the gold one
+_TITLE, _SUBTITLE = 0.4, 0.24  # from the top of a title to the tree; to "predicted" and "gold"
+_ROW_GAP = 0.5
+_MIN_WIDTH = 3.0
+
+Span = tuple[int, int]
+
+
+@dataclass
+class _Node:
+    """A node with its place: `x` from the left edge of its tree, `height` in levels."""
+
+    label: str
+    span: Span
+    x: float
+    height: int
+    children: list[_Node]
+
+
+def draw_trees(pairs: Sequence[tuple[str, Tree, Tree | None]]) -> Figure:
+    """Draw predicted trees, each beside its gold tree.
+
+    The words stand on one line under the tree. Spans that the predicted and the gold tree have
+    in common, whatever their labels, are blue and the others grey. Without a gold tree all is
+    black.
+
+    Args:
+        pairs: (title, predicted tree, gold tree or None), drawn one below the other.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    if not pairs:
+        raise ValueError("draw_trees needs at least one tree")
+    rows = [
+        (title, [_layout(tree) for tree in (predicted, gold) if tree is not None])
+        for title, predicted, gold in pairs
+    ]
+    heights = [
+        _TITLE + _SUBTITLE * (len(trees) - 1) + max(root.height for root, _ in trees) * _LEVEL
+        for _, trees in rows
+    ]
+    widths = [sum(wide for _, wide in trees) + _TREE_GAP * (len(trees) - 1) for _, trees in rows]
+    width = max(_MIN_WIDTH, *widths) + 2 * _MARGIN
+    top = sum(heights) + _ROW_GAP * (len(rows) - 1) + 2 * _MARGIN
+    figure = Figure(figsize=(width, top))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(0, top))
+    axes.set_axis_off()
+    top -= _MARGIN
+    for (title, trees), height in zip(rows, heights, strict=True):
+        _text(axes, _MARGIN, top, title, va="top", fontsize=10, fontweight="bold")
+        left, bottom = _MARGIN, top - height
+        spans = [{node.span for node in _nodes(root)} for root, _ in trees]
+        common = set.intersection(*spans) if len(trees) == 2 else None
+        names = ("predicted (blue: as in gold)", "gold") if len(trees) == 2 else ("",)
+        for name, (root, wide) in zip(names, trees, strict=True):
+            _text(axes, left, top - _SUBTITLE, name, va="top", fontsize=9, color=_PALE)
+            _draw(axes, root, left, bottom, common)
+            left += wide + _TREE_GAP
+        top -= height + _ROW_GAP
+    return figure
+
+
+def _layout(tree: Tree) -> tuple[_Node, float]:
+    """Place the nodes of a tree; returns its root and its width."""
+    words = iter(tree.leaves())
+    right = 0.0
+    position = 0
+
+    def place(subtree: Tree | str, room: float) -> _Node:
+        """Place a subtree; its only word, if it has but one, is at least `room` wide."""
+        nonlocal right, position
+        if isinstance(subtree, str):
+            label = next(words)
+            wide = max(_text_width(label, _WORD_SIZE), room)
+            x = right + wide / 2
+            right += wide + _WORD_GAP
+            position += 1
+            return _Node(label, (position - 1, position), x, 0, [])
+        start = position
+        label = str(subtree.label())
+        room = max(room, _text_width(label, _LABEL_SIZE)) if len(subtree) == 1 else 0.0
+        children = [place(child, room) for child in subtree]
+        x = (children[0].x + children[-1].x) / 2
+        height = 1 + max(child.height for child in children)
+        return _Node(label, (start, position), x, height, children)
+
+    root = place(tree, 0.0)
+    return root, right - _WORD_GAP
+
+
+def _nodes(node: _Node) -> Iterator[_Node]:
+    yield node
+    for child in node.children:
+        yield from _nodes(child)
+
+
+def _draw(axes: Axes, root: _Node, left: float, bottom: float, common: set[Span] | None) -> None:
+    for node in _nodes(root):
+        x, y = left + node.x, bottom + node.height * _LEVEL
+        if not node.children:
+            _text(axes, x, y, node.label, ha="center", va="center", fontsize=_WORD_SIZE)
+            continue
+        shared = common is not None and node.span in common
+        color = _INK if common is None else _BLUE if shared else _PALE
+        for child in node.children:
+            # Aslant down one level, then straight: lines of different nodes never cross.
+            below = bottom + child.height * _LEVEL + (0 if child.children else 0.12)
+            axes.plot(
+                [x, left + child.x, left + child.x],
+                [y, max(y - _LEVEL, below), below],
+                color=color,
+                linewidth=1.8 if shared else 1.1,
+                solid_joinstyle="round",
+                zorder=1,
+            )
+        if node.label:
+            _text(
+                axes,
+                x,
+                y,
+                node.label,
+                ha="center",
+                va="center",
+                fontsize=_LABEL_SIZE,
+                color=color,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.2},
+                zorder=2,
+            )
+
+
+def _text(axes: Axes, x: float, y: float, text: str, color: str = _INK, **style: Any) -> None:
+    """Write a text as it is, dollar signs included."""
+    axes.text(x, y, text, color=color, parse_math=False, **style)
+
+
+def _text_width(text: str, points: float) -> float:
+    """Return the width of a text in inches, at a font size in points."""
+    font = FontProperties(size=points)
+    return text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] / 72

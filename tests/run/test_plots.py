@@ -1,0 +1,140 @@
+"""Figures say what the numbers and the trees say."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+import pytest
+from matplotlib.colors import same_color
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from nltk import Tree
+
+from gfnem.run.plots import bar_table, draw_trees, learning_curves
+
+
+def png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=50)
+    return file.getvalue()
+
+
+def texts(figure: Figure) -> dict[str, Text]:
+    """The written texts of the only axes of a figure."""
+    (axes,) = figure.axes
+    return {text.get_text(): text for text in axes.texts}
+
+
+def test_one_panel_per_kind_of_metric_that_is_there() -> None:
+    metrics = [
+        {"train/m_steps": 0, "train/e_loss": 9.0, "train/e_loss_mean": 9.5},
+        {"train/m_steps": 0, "train/e_loss": 4.0},
+        {"train/m_steps": 10, "train/e_loss": math.nan, "valid/nll_per_token": 5.5},
+        {"train/m_steps": 20, "train/e_loss": 3.0, "other/thing": 1.0, "valid/f1": math.nan},
+    ]
+    figure = learning_curves(metrics)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "E-step loss",
+        "Negative log-likelihood (nats)",
+    ]
+    loss, mean = figure.axes[0].lines
+    assert (loss.get_label(), mean.get_label()) == ("train/e_loss", "train/e_loss_mean")
+    # The last line of a step counts, NaN is left out.
+    np.testing.assert_array_equal(loss.get_xydata(), [[0, 4.0], [20, 3.0]])
+    assert png(figure).startswith(b"\x89PNG")
+
+
+def test_long_curves_get_their_running_mean() -> None:
+    values = [float(step % 2) for step in range(200)]
+    metrics = [{"train/m_steps": i, "train/m_loss": value} for i, value in enumerate(values)]
+    (axes,) = learning_curves(metrics, panels={"M": ["train/m_*"]}).axes
+    raw, mean = axes.lines
+    np.testing.assert_array_equal(raw.get_ydata(), values)
+    # Five points on either side: of eleven, six or five are 1.
+    assert np.asarray(mean.get_ydata())[100:102] == pytest.approx([6 / 11, 5 / 11])
+
+
+def test_wide_ranges_are_drawn_on_a_log_scale() -> None:
+    def scale(*values: float) -> str:
+        metrics = [{"train/m_steps": i, "train/e_loss": value} for i, value in enumerate(values)]
+        return learning_curves(metrics).axes[0].get_yscale()
+
+    assert scale(1.0, 100.0) == "log"
+    assert scale(1.0, 10.0) == "linear"
+    assert scale(-1.0, 100.0) == "linear"
+
+
+def test_no_metrics_no_panel() -> None:
+    assert learning_curves([]).axes == []
+
+
+def test_trees_are_laid_out_above_one_line_of_words() -> None:
+    tree = Tree.fromstring("(S (NP the cat) (VP sat (PP on (NP $a $mat))))")
+    figure = draw_trees([("sample", tree, None)])
+    written = texts(figure)
+    words = [written[word].get_position() for word in tree.leaves()]
+    assert len({y for _, y in words}) == 1
+    assert [x for x, _ in words] == sorted(x for x, _ in words)
+    heights = {name: written[name].get_position()[1] for name in ("S", "VP", "PP")}
+    assert heights["S"] > heights["VP"] > heights["PP"] > words[0][1]
+    vp, sat, pp = (written[name].get_position()[0] for name in ("VP", "sat", "PP"))
+    assert vp == pytest.approx((sat + pp) / 2)
+    assert png(figure).startswith(b"\x89PNG")
+
+
+def test_no_text_covers_another() -> None:
+    sentence = "an internationally known manufacturer of it all is up to no good in a i o u we be"
+    words = sentence.split()
+    right = left = None
+    for index, word in enumerate(words):
+        left = word if left is None else Tree(f"NT-{index}", [left, word])
+    for index, word in enumerate(reversed(words)):
+        right = word if right is None else Tree(f"NT-{index}", [word, right])
+    tagged = Tree("S", [Tree("ADJP-TMP", [Tree("PRP$", [word])]) for word in words])
+    for predicted, gold in ((left, right), (tagged, right)):
+        assert isinstance(predicted, Tree) and isinstance(gold, Tree)
+        figure = draw_trees([("title", predicted, gold)])
+        png(figure)
+        boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text()]
+        for index, box in enumerate(boxes):
+            assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+            assert not any(box.overlaps(other) for other in boxes[:index])
+
+
+def test_spans_of_the_gold_tree_are_blue() -> None:
+    predicted = Tree.fromstring("(A (B a b) (C c d))")
+    gold = Tree.fromstring("(S (X a b c) (Y d))")
+    written = texts(draw_trees([("", predicted, gold)]))
+    blue = written["A"].get_color()
+    assert same_color(written["S"].get_color(), blue)
+    for other in "BCX":
+        assert not same_color(written[other].get_color(), blue)
+    gold = Tree.fromstring("(S (X a b) c d)")
+    written = texts(draw_trees([("", predicted, gold)]))
+    assert same_color(written["B"].get_color(), blue) and same_color(written["X"].get_color(), blue)
+    assert not same_color(written["C"].get_color(), blue)
+
+
+def test_drawing_nothing_is_an_error() -> None:
+    with pytest.raises(ValueError, match="at least one tree"):
+        draw_trees([])
+
+
+def test_bars_are_as_long_as_the_scores() -> None:
+    rows = {
+        "left-branching": {"sentence F1": 9.7, "corpus F1": 8.9},
+        "right-branching": {"sentence F1": 46.2, "corpus F1": 44.1},
+        "model": {"sentence F1": 27.2},
+    }
+    figure = bar_table(rows, title="Validation", own="model")
+    sentence, corpus = figure.axes
+    assert [bar.get_width() for bar in sentence.patches] == [9.7, 46.2, 27.2]  # type: ignore[attr-defined]
+    assert [text.get_text() for text in sentence.texts] == ["9.7", "46.2", "27.2"]
+    assert [text.get_text() for text in corpus.texts] == ["8.9", "44.1"]
+    assert [label.get_text() for label in sentence.get_yticklabels()] == list(rows)
+    left, right, model = (bar.get_facecolor() for bar in sentence.patches)
+    assert same_color(left, right) and not same_color(left, model)
+    assert sentence.texts[0].get_position()[1] == 0  # an offset: the number stands beside its bar
+    assert png(figure).startswith(b"\x89PNG")
