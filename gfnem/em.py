@@ -1,0 +1,459 @@
+"""Expectation-maximisation: alternate E-steps, which train q(z | x), and M-steps, which train p."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gfnem.errors import UserError
+from gfnem.model import LatentVariableModel
+from gfnem.posterior import EStep, Latents, Posterior
+from gfnem.schedule import Alternation, Schedule
+
+if TYPE_CHECKING:
+    from gfnem.run import Run
+
+Metrics = dict[str, float]
+OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
+
+MODEL_OPTIMIZER: OptimizerFactory = partial(torch.optim.Adam, lr=1e-3, fused=True)
+POSTERIOR_OPTIMIZER: OptimizerFactory = partial(torch.optim.Adam, lr=2e-3, fused=True)
+
+# An update whose loss or gradient is not finite is skipped; so many in a row end the run.
+SKIPS_ALLOWED = 10
+
+
+class Data(Protocol):
+    """Yields batches of x."""
+
+    def train_batches(self, epoch: int) -> Sequence[Any]:
+        """All training data once, in an order that depends on the epoch alone."""
+        ...
+
+
+class Evaluator(Protocol):
+    """Rates a model and a posterior on held-out data."""
+
+    selection: str
+
+    def __call__(
+        self, model: LatentVariableModel, posterior: Posterior, split: str, final: bool = False
+    ) -> Metrics:
+        """Metrics under `split/...`; `selection` is the one of them that is minimised."""
+        ...
+
+    def report(self, model: LatentVariableModel, posterior: Posterior, run: Run) -> None:
+        """Tables and figures of a finished run."""
+        ...
+
+
+class Diverged(UserError):  # noqa: N818
+    """Too many updates in a row had a loss or a gradient that is not finite."""
+
+
+class Trainer:
+    """One network with its optimizer, warm-up, gradient clipping and skipped updates.
+
+    name: of the network in messages.
+    clip: largest norm of the gradient; None for no clipping.
+    warmup: steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        groups: list[dict[str, Any]],
+        optimizer: OptimizerFactory,
+        clip: float | None,
+        warmup: int,
+    ):
+        self.name = name
+        self.clip = clip
+        self.parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
+        self.optimizer = optimizer(groups)
+        self.warmup = torch.optim.lr_scheduler.LinearLR(
+            self.optimizer, start_factor=1 / max(warmup, 1), total_iters=max(warmup - 1, 0)
+        )
+        self.skipped = 0
+        self.skipped_in_a_row = 0
+
+    def step(self, loss: Tensor) -> bool:
+        """Minimise; False where the update was skipped because something was not finite.
+
+        Raises Diverged at the tenth skipped update in a row.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        finite = bool(loss.isfinite())
+        if finite:
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(
+                self.parameters, math.inf if self.clip is None else self.clip
+            )
+            finite = bool(norm.isfinite())
+        if not finite:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            if self.skipped_in_a_row >= SKIPS_ALLOWED:
+                raise Diverged(
+                    f"the {self.name}'s loss or gradient was not finite {SKIPS_ALLOWED} times in "
+                    f"a row: lower its learning rate or gradient clipping"
+                )
+            return False
+        self.skipped_in_a_row = 0
+        self.optimizer.step()
+        self.warmup.step()
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "warmup": self.warmup.state_dict(),
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.warmup.load_state_dict(state["warmup"])
+        self.skipped = state["skipped"]
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+
+
+class EM:
+    """Fit p(x, z) by maximum likelihood with latents from q(z | x).
+
+    model, posterior, data: what is trained, and on what.
+    m_steps: the run ends after so many M-steps,
+    max_e_steps: or after so many E-steps, whichever comes first; None for no limit.
+    schedule: when steps are due; a posterior without parameters gets an M-step on every batch.
+    model_optimizer, posterior_optimizer: called with parameter groups.
+    model_clip, posterior_clip: largest norms of the gradients.
+    warmup: steps over which both learning rates rise.
+    evaluator: rates the model every `evaluate_every` M-steps and at the end.
+    log_every: batches between two lines of metrics.
+    run: where metrics, checkpoints, figures and the summary go; None to keep nothing.
+    seed: of all random numbers; None leaves torch's generator as it is.
+    device: where to train.
+    """
+
+    def __init__(
+        self,
+        model: LatentVariableModel,
+        posterior: Posterior,
+        data: Data,
+        m_steps: int,
+        max_e_steps: int | None = None,
+        schedule: Schedule | None = None,
+        model_optimizer: OptimizerFactory = MODEL_OPTIMIZER,
+        posterior_optimizer: OptimizerFactory = POSTERIOR_OPTIMIZER,
+        model_clip: float | None = 3.0,
+        posterior_clip: float | None = 5.0,
+        warmup: int = 0,
+        evaluator: Evaluator | None = None,
+        evaluate_every: int = 100,
+        log_every: int = 20,
+        run: Run | None = None,
+        seed: int | None = None,
+        device: str | torch.device = "cpu",
+    ):
+        for name, value, least in (
+            ("m_steps", m_steps, 1),
+            ("max_e_steps", max_e_steps, 1),
+            ("evaluate_every", evaluate_every, 1),
+            ("log_every", log_every, 1),
+            ("warmup", warmup, 0),
+        ):
+            if value is not None and value < least:
+                raise UserError(f"em.{name} is {value}; it must be at least {least}")
+        for name, clip in (("model_clip", model_clip), ("posterior_clip", posterior_clip)):
+            if clip is not None and not clip > 0:
+                raise UserError(f"em.{name} is {clip}; it must be positive, or null for none")
+        self.model = model.to(device)
+        self.posterior = posterior.to(device)
+        self.data = data
+        self.total_m_steps = m_steps
+        self.max_e_steps = max_e_steps
+        self.schedule = schedule or Alternation()
+        self.evaluator = evaluator
+        self.evaluate_every = evaluate_every
+        self.log_every = log_every
+        self.run = run
+        self.device = torch.device(device)
+        if seed is not None:
+            torch.manual_seed(seed)
+        self.model_trainer = Trainer(
+            "model", [{"params": list(model.parameters())}], model_optimizer, model_clip, warmup
+        )
+        groups = posterior.parameter_groups()
+        self.posterior_trainer = (
+            Trainer("posterior", groups, posterior_optimizer, posterior_clip, warmup)
+            if groups
+            else None
+        )
+        self.m_steps = self.e_steps = 0
+        self.batches_seen = self.epoch = self.position = 0
+        self.seconds = 0.0
+        self.evaluated: int | None = None  # M-steps at the latest evaluation
+        self.best = math.nan  # nothing rated yet
+        self.best_m_steps = 0
+        self.latest: Metrics = {}
+        self._sums: dict[str, list[float]] = {}
+        self._stop = False
+
+    def fit(self) -> Metrics:
+        """Train to the end, or until interrupted; returns the summary.
+
+        Ctrl-C ends it after the batch at hand, with the last checkpoint and a summary written; a
+        second one at once. Raises Diverged, with the last good checkpoint kept.
+        """
+        status = "failed"
+        self._stop = False
+        try:
+            with self._interruptible():
+                self._train()
+            summary = self._conclude()
+            status = "stopped" if self._stop else "finished"
+            return summary
+        except KeyboardInterrupt:
+            status = "stopped"
+            raise
+        finally:
+            if self.run is not None:
+                self.run.finish(status)
+
+    def _train(self) -> None:
+        began = time.monotonic() - self.seconds
+        if self.run is not None:
+            self.run.progress.start(self.total_m_steps, self.m_steps)
+        for x in self._batches():
+            x = x.to(self.device)
+            estep = self._e_step(x) if self._e_step_due() else None
+            if estep is not None and "train/posterior_gap" not in self._sums:
+                self._note(self._posterior_gap(x, estep.latents))
+            m_step_due = self._m_step_due()
+            if m_step_due:
+                self._m_step(x, estep.latents if estep is not None else None)
+            self.batches_seen += 1
+            self.seconds = time.monotonic() - began
+            if self.batches_seen % self.log_every == 0:
+                self._log()
+            if m_step_due and self.m_steps % self.evaluate_every == 0:
+                self._evaluate()
+            if self._stop or self._finished:
+                break
+        self.seconds = time.monotonic() - began
+        if self._stop:
+            self._save(best=False)
+        elif self.evaluated != self.m_steps:
+            self._evaluate()
+
+    @property
+    def _finished(self) -> bool:
+        enough = self.max_e_steps is not None and self.e_steps >= self.max_e_steps
+        return enough or self.m_steps >= self.total_m_steps
+
+    def _batches(self) -> Iterator[Any]:
+        if self._finished:
+            return
+        while True:
+            batches = self.data.train_batches(self.epoch)
+            if len(batches) == 0:
+                raise UserError("the training data has no batches: give more data")
+            while self.position < len(batches):
+                x = batches[self.position]
+                self.position += 1
+                yield x
+            self.epoch, self.position = self.epoch + 1, 0
+
+    def _e_step_due(self) -> bool:
+        return self.posterior_trainer is not None and self.schedule.e_step_due()
+
+    def _m_step_due(self) -> bool:
+        return self.posterior_trainer is None or self.schedule.m_step_due(self.m_steps)
+
+    def _e_step(self, x: Any) -> EStep:
+        assert self.posterior_trainer is not None
+        estep = self.posterior.e_step(self.model, x)
+        assert estep.loss is not None
+        loss = float(estep.loss.detach())
+        if self.posterior_trainer.step(estep.loss):
+            self.schedule.e_step_done(loss)
+            self._note({"train/e_loss": loss, **estep.metrics})
+        self.e_steps += 1
+        return estep
+
+    def _m_step(self, x: Any, latents: Latents | None) -> None:
+        loss = -self.posterior.expected_log_joint(self.model, x, latents).mean()
+        if self.model_trainer.step(loss):
+            self._note({"train/m_loss": loss.detach()})
+        self.m_steps += 1
+        self.schedule.m_step_done()
+
+    @torch.no_grad()
+    def _posterior_gap(self, x: Any, latents: Latents | None) -> dict[str, float | Tensor]:
+        """log p(x) - E_q[log p(x, z) + log P_B - log P_F] in nats per data point, where exact."""
+        if latents is None or latents.log_weights is None:
+            return {}
+        log_likelihood = self.model.log_likelihood(x)
+        if log_likelihood is None:
+            return {}
+        return {"train/posterior_gap": (log_likelihood - latents.log_weights.mean(-1)).mean()}
+
+    def _note(self, metrics: dict[str, Any]) -> None:
+        """Keep for the next line of metrics, which has the means since the last."""
+        for key, value in metrics.items():
+            self._sums.setdefault(key, []).append(float(value))
+
+    def _log(self) -> None:
+        metrics = {key: sum(values) / len(values) for key, values in self._sums.items()}
+        metrics.update(self.schedule.metrics(self.m_steps))
+        trainers = [self.model_trainer, self.posterior_trainer]
+        metrics["train/skipped"] = sum(t.skipped for t in trainers if t is not None)
+        self._sums = {}
+        self._write(metrics)
+
+    def _write(self, metrics: Metrics) -> None:
+        if self.run is None:
+            return
+        counters = {"train/m_steps": self.m_steps, "train/e_steps": self.e_steps}
+        self.run.log({**metrics, "time/seconds": self.seconds}, counters)
+        self.run.progress.update(self.m_steps, metrics)
+
+    def _evaluate(self) -> None:
+        best = True
+        if self.evaluator is not None:
+            self.latest = self.evaluate("valid")
+            score = self.latest[self.evaluator.selection]
+            # There is always a best checkpoint, and any score is better than none or NaN.
+            best = score < self.best or math.isnan(self.best)
+            if best:
+                self.best = score
+            self._write(self.latest)
+        if best:
+            self.best_m_steps = self.m_steps
+        self.evaluated = self.m_steps
+        self._save(best)
+
+    def evaluate(self, split: str, final: bool = False) -> Metrics:
+        """Rate model and posterior on a split; training goes on as if it had not happened."""
+        assert self.evaluator is not None
+        devices = [self.device] if self.device.type == "cuda" else []
+        modes = self.model.training, self.posterior.training
+        self.model.eval()
+        self.posterior.eval()
+        try:
+            with torch.random.fork_rng(devices), torch.no_grad():
+                torch.manual_seed(0)
+                return self.evaluator(self.model, self.posterior, split, final)
+        finally:
+            self.model.train(modes[0])
+            self.posterior.train(modes[1])
+
+    def _conclude(self) -> Metrics:
+        """Rate the best checkpoint on the test split, unless interrupted, and write the summary."""
+        summary = {
+            "train/m_steps": self.m_steps,
+            "train/e_steps": self.e_steps,
+            "train/best_m_steps": self.best_m_steps,
+            "time/seconds": self.seconds,
+            **self.latest,
+        }
+        if self.evaluator is not None and not self._stop:
+            if self.run is not None:
+                state = self.run.load_checkpoint("best")
+                self.model.load_state_dict(state["model"])
+                self.posterior.load_state_dict(state["posterior"])
+                summary.update(state["latest"])
+            else:
+                summary["train/best_m_steps"] = self.m_steps
+            summary.update(self.evaluate("test", final=True))
+            if self.run is not None:
+                self.evaluator.report(self.model, self.posterior, self.run)
+        if self.run is not None:
+            self.run.write_summary(summary)
+        return summary
+
+    def _save(self, best: bool) -> None:
+        if self.run is not None:
+            self.run.save_checkpoint(self.state_dict(), best)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a run needs to go on."""
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        return {
+            "model": self.model.state_dict(),
+            "posterior": self.posterior.state_dict(),
+            "model_trainer": self.model_trainer.state_dict(),
+            "posterior_trainer": self.posterior_trainer and self.posterior_trainer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "counters": {name: getattr(self, name) for name in _COUNTERS},
+            "latest": self.latest,
+            "sums": self._sums,
+            "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
+            "lines": self.run.lines if self.run is not None else 0,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.model.load_state_dict(state["model"])
+        self.posterior.load_state_dict(state["posterior"])
+        self.model_trainer.load_state_dict(state["model_trainer"])
+        if self.posterior_trainer is not None:
+            self.posterior_trainer.load_state_dict(state["posterior_trainer"])
+        self.schedule.load_state_dict(state["schedule"])
+        for name in _COUNTERS:
+            setattr(self, name, state["counters"][name])
+        self.latest = state["latest"]
+        self._sums = state["sums"]
+        torch.set_rng_state(state["random"]["cpu"])
+        # A run may go on on another device than it began on.
+        if self.device.type == "cuda" and state["random"]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
+        if self.run is not None:
+            self.run.truncate_metrics(state["lines"])
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Let the first SIGINT or SIGTERM end training after the batch at hand."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        def stop(number: int, frame: Any) -> None:
+            self._stop = True
+            restore()
+
+        try:
+            for number in before:
+                signal.signal(number, stop)
+            yield
+        finally:
+            restore()
+
+
+_COUNTERS = (
+    "m_steps",
+    "e_steps",
+    "batches_seen",
+    "epoch",
+    "position",
+    "seconds",
+    "evaluated",
+    "best",
+    "best_m_steps",
+)

@@ -1,0 +1,29 @@
+"""The model: p(x, z) with a discrete, compositional latent z."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class LatentVariableModel(nn.Module, ABC):
+    """p(x, z), climbed in the M-step. x and z are the task's own batched types."""
+
+    @abstractmethod
+    def log_joint(self, x: Any, z: Any) -> Float[Tensor, "batch samples"]:
+        """log p(x, z) in nats for `samples` latents of each data point, differentiable."""
+
+    @abstractmethod
+    def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Any, Any]:
+        """At most n draws (x, z) from p, one latent for each data point.
+
+        Fewer where draws had to be rejected; the model counts them in `rejected`.
+        """
+
+    def log_likelihood(self, x: Any) -> Float[Tensor, "batch"] | None:
+        """Exact log p(x) in nats, differentiable; None where it is intractable."""
+        return None

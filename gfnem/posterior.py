@@ -1,0 +1,88 @@
+"""The posterior: q(z | x), trained in the E-step and sampled for the M-step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gfnem.model import LatentVariableModel
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Latents drawn for a batch of data.
+
+    z: `samples` latents for each data point.
+    log_weights: log of importance weights w with E_q[w] = p(x): for a GFlowNet
+        log p(x, z) + log P_B(trajectory | z) - log P_F(trajectory | x). None for latents that are
+        no plain draws any more.
+    m_step_weights: how much each latent counts in the M-step, summing to 1 for each data point;
+        None for equal weights.
+    """
+
+    z: Any
+    log_weights: Float[Tensor, "batch samples"] | None
+    m_step_weights: Float[Tensor, "batch samples"] | None = None
+
+
+@dataclass(frozen=True)
+class EStep:
+    """What one E-step on one batch gives.
+
+    loss: to be minimised in q's parameters; None for a posterior without any.
+    latents: the latents it was trained on where they are draws of q, for an M-step on the same
+        batch; None otherwise.
+    metrics: figures worth logging; tensors of them hold one number.
+    """
+
+    loss: Float[Tensor, ""] | None
+    latents: Latents | None
+    metrics: Mapping[str, float | Tensor] = field(default_factory=dict)
+
+
+class Posterior(nn.Module, ABC):
+    """q(z | x)."""
+
+    @abstractmethod
+    def e_step(self, model: LatentVariableModel, x: Any) -> EStep:
+        """The loss that brings q closer to p(z | x). Gradients never reach the model."""
+
+    @abstractmethod
+    def sample(self, model: LatentVariableModel, x: Any, samples: int) -> Latents:
+        """Plain draws of q with their importance weights, without gradients."""
+
+    def refine(self, model: LatentVariableModel, x: Any, latents: Latents) -> Latents:
+        """Latents for the M-step made of plain draws; here the draws themselves."""
+        return latents
+
+    @property
+    def m_step_samples(self) -> int:
+        """Latents of each data point in an M-step."""
+        return 1
+
+    def expected_log_joint(
+        self, model: LatentVariableModel, x: Any, latents: Latents | None = None
+    ) -> Float[Tensor, "batch"]:
+        """E_q[log p(x, z)], what the M-step climbs; differentiable in the model alone.
+
+        latents: draws of q for x where they are at hand; fresh ones otherwise.
+        """
+        with torch.no_grad():
+            if latents is None:
+                latents = self.sample(model, x, self.m_step_samples)
+            latents = self.refine(model, x, latents)
+        log_joint = model.log_joint(x, latents.z)
+        if latents.m_step_weights is None:
+            return log_joint.mean(-1)
+        return (latents.m_step_weights * log_joint).sum(-1)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Parameters for a torch optimizer; empty where nothing is learned."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        return [{"params": parameters}] if parameters else []
