@@ -1,0 +1,74 @@
+"""The exact posterior, where log p(x) is tractable."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gfnem.errors import UserError
+from gfnem.model import LatentVariableModel
+from gfnem.posterior import EStep, Latents, Posterior
+
+
+class TractableModel(LatentVariableModel, ABC):
+    """A model whose likelihood and posterior can be computed."""
+
+    @abstractmethod
+    def log_likelihood(self, x: Any) -> Float[Tensor, "batch"]:
+        """Exact log p(x) in nats, differentiable."""
+
+    @abstractmethod
+    def sample_posterior(self, x: Any, samples: int) -> Any:
+        """Latents z drawn from p(z | x)."""
+
+
+class ExactPosterior(Posterior):
+    """p(z | x) itself.
+
+    m_step: "marginal" climbs log p(x), whose gradient is that of E_{p(z | x)}[log p(x, z)]
+        (Fisher's identity), so that it is EM with the expectation taken exactly; "sample" climbs
+        log p(x, z) on `samples` draws of the posterior.
+    """
+
+    def __init__(self, m_step: Literal["marginal", "sample"] = "marginal", samples: int = 4):
+        super().__init__()
+        if m_step not in ("marginal", "sample"):
+            raise UserError(f"posterior.m_step is {m_step!r}; use 'marginal' or 'sample'")
+        if samples < 1:
+            raise UserError(f"posterior.samples is {samples}; it must be at least 1")
+        self.m_step = m_step
+        self.samples = samples
+
+    @property
+    def m_step_samples(self) -> int:
+        return self.samples
+
+    def e_step(self, model: LatentVariableModel, x: Any) -> EStep:
+        return EStep(loss=None, latents=None)
+
+    @torch.no_grad()
+    def sample(self, model: LatentVariableModel, x: Any, samples: int) -> Latents:
+        model = self._tractable(model)
+        log_likelihood = model.log_likelihood(x)
+        z = model.sample_posterior(x, samples)
+        return Latents(z, log_likelihood[:, None].expand(-1, samples))
+
+    def expected_log_joint(
+        self, model: LatentVariableModel, x: Any, latents: Latents | None = None
+    ) -> Float[Tensor, "batch"]:
+        if self.m_step == "marginal":
+            return self._tractable(model).log_likelihood(x)
+        return super().expected_log_joint(model, x, latents)
+
+    @staticmethod
+    def _tractable(model: LatentVariableModel) -> TractableModel:
+        if not isinstance(model, TractableModel):
+            raise UserError(
+                f"posterior=exact needs a model with a tractable posterior; "
+                f"{type(model).__name__} has none: use posterior=gflownet"
+            )
+        return model

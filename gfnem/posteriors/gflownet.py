@@ -1,0 +1,214 @@
+"""A conditional GFlowNet as posterior: q(z | x) is where its trajectories end."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from gfn.estimators import Estimator
+from gfn.gflownet import PFBasedGFlowNet
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gfnem.errors import UserError
+from gfnem.model import LatentVariableModel
+from gfnem.objectives import ScoredTrajectories, vargrad
+from gfnem.posterior import EStep, Latents, Posterior
+from gfnem.posteriors.refinement import Refinement
+
+
+@dataclass(frozen=True)
+class Paths:
+    """`samples` trajectories for each data point, step by step.
+
+    z: where they end.
+    log_joint: log p(x, z), without gradient.
+    log_forward: log P_F of each action, differentiable; 0 behind the end.
+    log_backward: log P_B of undoing each action.
+    flows: gives the learned part of the log flow of the state before each action, and the part of
+        log p(x, z) that this state has fixed, both [steps, batch * samples]; not every objective
+        asks for them.
+    record: what the policy needs to make torchgfn trajectories of them.
+    """
+
+    z: Any
+    log_joint: Float[Tensor, "batch samples"]
+    log_forward: Float[Tensor, "steps batch samples"]
+    log_backward: Float[Tensor, "steps batch samples"]
+    flows: Callable[[], tuple[Tensor, Tensor]]
+    record: Any
+
+    @property
+    def log_weights(self) -> Float[Tensor, "batch samples"]:
+        """log p(x, z) + log P_B - log P_F: the mean of exp of it is p(x)."""
+        return self.log_joint + (self.log_backward - self.log_forward).sum(0)
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """How trajectories are drawn.
+
+    temperature: actions are drawn from P_F^(1 / temperature), renormalised.
+    epsilon: with this probability from the uniform distribution over the legal actions.
+    """
+
+    temperature: float = 1.0
+    epsilon: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise UserError(f"temperature is {self.temperature}; it must be positive")
+        if not 0 <= self.epsilon <= 1:
+            raise UserError(f"epsilon is {self.epsilon}; it must lie between 0 and 1")
+
+    @property
+    def on_policy(self) -> bool:
+        return self.temperature == 1.0 and self.epsilon == 0.0
+
+
+ON_POLICY = Behaviour()
+
+
+class Policy(nn.Module, ABC):
+    """Forward and backward policy, flows and environment of one task.
+
+    Every method takes the condition of a batch: all that depends on x and the model alone,
+    computed once for each E-step.
+    """
+
+    @abstractmethod
+    def condition(self, model: LatentVariableModel, x: Any) -> Any:
+        """Encode a batch. Gradients reach this policy's parameters, never the model's."""
+
+    @abstractmethod
+    def sample(self, condition: Any, samples: int, behaviour: Behaviour = ON_POLICY) -> Paths:
+        """Roll out; scores are those of the plain policy whatever the behaviour."""
+
+    @abstractmethod
+    def retrace(self, condition: Any, z: Any) -> Paths:
+        """Trajectories that end in given latents, drawn from P_B."""
+
+    @abstractmethod
+    def regrow(
+        self, condition: Any, z: Any, depth: int, temperature: float = 1.0
+    ) -> tuple[Paths, Paths]:
+        """Walk `depth` steps back from z with P_B, or to the start, then forward again.
+
+        Returns the walked and the new trajectories. Their log_forward, of the tempered policy,
+        and log_backward are 0 before the state where they part.
+        """
+
+    @abstractmethod
+    def trajectories(self, condition: Any, paths: Paths) -> ScoredTrajectories:
+        """The same paths as torchgfn trajectories."""
+
+    @abstractmethod
+    def estimators(self) -> tuple[Estimator, Estimator]:
+        """P_F and P_B as torchgfn estimators that may be asked about any state."""
+
+    @abstractmethod
+    def flow_parameters(self) -> list[nn.Parameter]:
+        """Parameters of log Z(x) and the state flows, which want a higher learning rate."""
+
+
+class GFlowNetPosterior(Posterior):
+    """q(z | x) of a conditional GFlowNet (arXiv 2302.06576).
+
+    policy: the task's policy.
+    objective: a factory of `gfnem.objectives`, called with the policy's estimators.
+    samples: trajectories of each data point in an E-step, and latents in an M-step.
+    behaviour: how the E-step's trajectories are drawn; the M-step's are always plain draws.
+    sleep: probability that an E-step also has a sleep phase: latents and data are drawn from the
+        model and -log P_F of a trajectory from P_B is minimised.
+    sleep_samples: data points drawn for it.
+    refinement: what makes the M-step's latents of plain draws; None takes the draws.
+    flow_lr: learning rate of log Z(x) and the state flows; None for the optimizer's own.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        objective: Callable[[Estimator, Estimator], PFBasedGFlowNet] = vargrad,
+        samples: int = 4,
+        behaviour: Behaviour = ON_POLICY,
+        sleep: float = 0.0,
+        sleep_samples: int = 32,
+        refinement: Refinement | None = None,
+        flow_lr: float | None = None,
+    ):
+        super().__init__()
+        if samples < 1:
+            raise UserError(f"posterior.samples is {samples}; it must be at least 1")
+        if not 0 <= sleep <= 1:
+            raise UserError(f"posterior.sleep is {sleep}; it is a probability")
+        self.policy = policy
+        # torchgfn objectives own their estimators as modules; the policy's parameters belong here.
+        self._objective = (objective(*policy.estimators()),)
+        self.samples = samples
+        self.behaviour = behaviour
+        self.sleep = sleep
+        self.sleep_samples = sleep_samples
+        self.refinement = refinement
+        self.flow_lr = flow_lr
+
+    @property
+    def objective(self) -> PFBasedGFlowNet:
+        return self._objective[0]
+
+    @property
+    def m_step_samples(self) -> int:
+        return self.samples
+
+    def e_step(self, model: LatentVariableModel, x: Any) -> EStep:
+        condition = self.policy.condition(model, x)
+        paths = self.policy.sample(condition, self.samples, self.behaviour)
+        trajectories = self.policy.trajectories(condition, paths)
+        loss = self.objective.loss(
+            trajectories.env,
+            trajectories,
+            recalculate_all_logprobs=False,
+            log_rewards=paths.log_joint.flatten(),
+        )
+        log_weights = paths.log_weights.detach()
+        weights = log_weights.softmax(-1)
+        metrics = {
+            "e_step/objective": loss.detach(),
+            "e_step/effective_samples": (1 / weights.square().sum(-1)).mean(),
+        }
+        if self.sleep > 0 and float(torch.rand(())) < self.sleep:
+            sleep_loss = self.sleep_loss(model)
+            if sleep_loss is not None:
+                loss = loss + sleep_loss
+                metrics["e_step/sleep"] = sleep_loss.detach()
+        latents = Latents(paths.z, log_weights) if self.behaviour.on_policy else None
+        return EStep(loss, latents, metrics)
+
+    def sleep_loss(self, model: LatentVariableModel) -> Float[Tensor, ""] | None:
+        """-log P_F of draws from the model; None when the model gave none that fit."""
+        with torch.no_grad():
+            x, z = model.sample(self.sleep_samples)
+        if len(x) == 0:
+            return None
+        paths = self.policy.retrace(self.policy.condition(model, x), z)
+        return -paths.log_forward.sum(0).mean()
+
+    @torch.no_grad()
+    def sample(self, model: LatentVariableModel, x: Any, samples: int) -> Latents:
+        paths = self.policy.sample(self.policy.condition(model, x), samples)
+        return Latents(paths.z, paths.log_weights)
+
+    def refine(self, model: LatentVariableModel, x: Any, latents: Latents) -> Latents:
+        if self.refinement is None:
+            return latents
+        return self.refinement(self.policy, model, x, latents)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        flows = self.policy.flow_parameters()
+        if self.flow_lr is None or not flows:
+            return super().parameter_groups()
+        ids = {id(p) for p in flows}
+        rest = [p for p in self.parameters() if id(p) not in ids]
+        return [{"params": rest}, {"params": flows, "lr": self.flow_lr}]

@@ -1,0 +1,96 @@
+"""What is done to draws of q before the M-step learns from them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gfnem.errors import UserError
+from gfnem.model import LatentVariableModel
+from gfnem.posterior import Latents
+
+if TYPE_CHECKING:
+    from gfnem.posteriors.gflownet import Policy
+
+
+class Refinement(ABC):
+    """Makes latents for the M-step of plain draws of q."""
+
+    @abstractmethod
+    def __call__(
+        self, policy: Policy, model: LatentVariableModel, x: Any, latents: Latents
+    ) -> Latents:
+        """Better latents, as many for each data point as before. Called without gradients."""
+
+
+class BackAndForth(Refinement):
+    """Metropolis-Hastings whose proposal walks back with P_B and forward again with P_F.
+
+    From z back to a state s, from s forward to z', accepted with probability min(1, A),
+    log A = log p(x, z') - log p(x, z) + log P_B(z' -> s) + log P_F(s -> z)
+    - log P_B(z -> s) - log P_F(s -> z') (arXiv 2302.06576, 2310.02710). It leaves p(z | x)
+    invariant for any depth and temperature.
+
+    steps: proposals, one after the other.
+    depth: each walks back a number of steps drawn uniformly from 1 to depth.
+    temperature: of the proposal; the tempered probabilities then stand in A.
+    """
+
+    def __init__(self, steps: int = 10, depth: int = 10, temperature: float = 1.0):
+        for name, value in (("steps", steps), ("depth", depth)):
+            if value < 1:
+                raise UserError(f"refinement.{name} is {value}; it must be at least 1")
+        if not temperature > 0:
+            raise UserError(f"refinement.temperature is {temperature}; it must be positive")
+        self.steps = steps
+        self.depth = depth
+        self.temperature = temperature
+
+    def __call__(
+        self, policy: Policy, model: LatentVariableModel, x: Any, latents: Latents
+    ) -> Latents:
+        condition = policy.condition(model, x)
+        z = latents.z
+        for _ in range(self.steps):
+            depth = int(torch.randint(1, self.depth + 1, ()))
+            old, new = policy.regrow(condition, z, depth, self.temperature)
+            log_accept = (
+                new.log_joint
+                - old.log_joint
+                + (new.log_backward - old.log_backward).sum(0)
+                + (old.log_forward - new.log_forward).sum(0)
+            )
+            accept = torch.rand_like(log_accept).log() < log_accept
+            z = new.z.where(accept, old.z)
+        return Latents(z, log_weights=None)
+
+
+class ImportanceResampling(Refinement):
+    """Latents drawn with replacement in proportion to their importance weights."""
+
+    def __call__(
+        self, policy: Policy, model: LatentVariableModel, x: Any, latents: Latents
+    ) -> Latents:
+        weights = _weights(latents)
+        chosen = torch.multinomial(weights, weights.shape[-1], replacement=True)
+        return Latents(latents.z.select(chosen), log_weights=None)
+
+
+class ImportanceWeighting(Refinement):
+    """All latents, each counting by its self-normalised importance weight."""
+
+    def __call__(
+        self, policy: Policy, model: LatentVariableModel, x: Any, latents: Latents
+    ) -> Latents:
+        return replace(latents, m_step_weights=_weights(latents))
+
+
+def _weights(latents: Latents) -> Float[Tensor, "batch samples"]:
+    """Self-normalised importance weights of plain draws."""
+    assert latents.log_weights is not None
+    return latents.log_weights.softmax(-1)

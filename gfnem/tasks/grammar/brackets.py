@@ -1,0 +1,204 @@
+"""Sentences and gold trees from text: bracketed trees, and raw sentences one a line.
+
+What is removed follows the field (harvardnlp/compound-pcfg, `process_ptb.py`, arXiv 1906.10225):
+traces and punctuation go by their part of speech, empty constituents with them, and words are
+lower-cased. It differs in two points. Currency signs, `$` and `#`, are words unless
+`keep_currency` is false: they are spoken, and NLTK's sample is usually counted with them. Numbers
+stay as they are: compound-pcfg replaces them by N when it makes word ids.
+
+Of the tags that the Penn Treebank does not have, OntoNotes and GUM tag hyphens HYPH and superfluous
+marks NFP, which are punctuation; ADD, AFX, GW, SYM and XX are words, like every tag not named here.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gfnem.errors import UserError
+
+if TYPE_CHECKING:
+    from nltk import Tree
+
+Span = tuple[int, int]
+
+TRACE = "-NONE-"
+CURRENCY = frozenset({"$", "#"})
+BRACKETS = frozenset({"-LRB-", "-RRB-", "-LSB-", "-RSB-", "-LCB-", "-RCB-"})
+PUNCTUATION = BRACKETS | {",", ".", ":", "``", "''", '"', "HYPH", "NFP"}
+# Marks that are read out: "%" and "&" are words in the Penn Treebank too.
+SPOKEN = frozenset("%&#@")
+
+TREE_FILES = frozenset({".mrg", ".ptb", ".prd", ".tree", ".trees", ".bracket", ".brackets", ".txt"})
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was read, before anything is left out for its length.
+
+    sentences: words, lower-cased, without punctuation and traces; may be empty.
+    trees: of the same sentences, with the words as leaves; None where there are none. The tree of
+        a sentence without words has no children.
+    """
+
+    sentences: list[list[str]]
+    trees: list[Tree] | None
+
+    def __len__(self) -> int:
+        return len(self.sentences)
+
+    def select(self, indices: Sequence[int]) -> Reading:
+        return Reading(
+            sentences=[self.sentences[i] for i in indices],
+            trees=None if self.trees is None else [self.trees[i] for i in indices],
+        )
+
+    @staticmethod
+    def of_trees(trees: list[Tree]) -> Reading:
+        return Reading([tree.leaves() for tree in trees], trees)
+
+
+def read_lines(file: Path) -> Reading:
+    """Raw sentences, one a line; there are no trees.
+
+    Raises UserError for a file that is missing, empty or not UTF-8.
+    """
+    return Reading([tokenize(line) for line in read_text(file).splitlines()], None)
+
+
+def read_trees(file: Path | zipfile.Path, keep_currency: bool = True) -> list[Tree]:
+    """All bracketed trees of a file, cleaned; they may span lines.
+
+    Raises UserError for a file that is missing, empty, not UTF-8 or has unbalanced brackets.
+    """
+    from nltk import Tree
+
+    removed = PUNCTUATION | {TRACE} | (frozenset() if keep_currency else CURRENCY)
+    trees = []
+    for brackets in split_trees(read_text(file), str(file)):
+        tree = Tree.fromstring(brackets, remove_empty_top_bracketing=True)
+        trees.append(clean(tree, removed) or Tree(tree.label(), []))
+    return trees
+
+
+def tree_files(path: Path) -> list[Path]:
+    """The file itself, or all files with trees below a folder, in the order of their paths.
+
+    Raises UserError for a path that does not exist and for a folder without such files.
+    """
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.suffix in TREE_FILES)
+    if not files:
+        raise UserError(
+            f"{path} has no files with trees in it: their names must end in one of "
+            f"{', '.join(sorted(TREE_FILES))}"
+        )
+    return files
+
+
+def read_text(file: Path | zipfile.Path) -> str:
+    """Raises UserError for a file that is missing, empty or not UTF-8."""
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        reason = error.strerror or "there is no such file in the archive"
+        raise UserError(f"{file} cannot be read: {reason}") from None
+    except zipfile.BadZipFile:
+        raise UserError(f"{file} cannot be read: the archive is damaged") from None
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{file}, line {line}: not UTF-8 text; convert the file") from None
+    if not text.strip():
+        raise UserError(f"{file} is empty: give a file with sentences in it")
+    return text
+
+
+def split_trees(text: str, name: str) -> Iterator[str]:
+    """The balanced pieces of a text of bracketed trees, one for each outermost pair of brackets.
+
+    name: of the text in messages.
+
+    Raises UserError, with the line where the broken tree starts, for a bracket that is not
+    closed or not opened and for words outside of all brackets.
+    """
+    depth, line, counted, start = 0, 1, 0, 0
+    for found in re.finditer(r"[()]|[^\s()]+", text):
+        token = found.group()
+        if depth == 0:
+            start = found.start()
+            line += text.count("\n", counted, start)
+            counted = start
+            if token == ")":
+                raise UserError(f"{name}, line {line}: a bracket is closed that was never opened")
+            if token != "(":
+                raise UserError(f"{name}, line {line}: {token[:40]!r} is not within brackets")
+        depth += {"(": 1, ")": -1}.get(token, 0)
+        if depth == 0:
+            yield text[start : found.end()]
+    if depth > 0:
+        raise UserError(f"{name}, line {line}: the tree that starts here is not closed")
+
+
+def clean(tree: Tree, removed: frozenset[str]) -> Tree | None:
+    """A tree without the words that have one of the removed tags, or None if no word is left.
+
+    Words are lower-cased, empty constituents are left out. Words without a tag of their own are
+    removed when they are punctuation.
+    """
+    from nltk import Tree
+
+    tagged = len(tree) == 1 and isinstance(tree[0], str)
+    if tagged and tree.label() in removed:
+        return None
+    children = []
+    for child in tree:
+        if isinstance(child, Tree):
+            child = clean(child, removed)
+            if child is not None:
+                children.append(child)
+        elif tagged or not is_punctuation(child):
+            children.append(child.lower())
+    return Tree(tree.label(), children) if children else None
+
+
+def gold_spans(tree: Tree) -> frozenset[Span]:
+    """The unlabelled spans (start, end) of two or more words, the whole sentence included."""
+    spans: set[Span] = set()
+
+    def end_of(node: Tree | str, start: int) -> int:
+        if isinstance(node, str):
+            return start + 1
+        end = start
+        for child in node:
+            end = end_of(child, end)
+        if end - start > 1:
+            spans.add((start, end))
+        return end
+
+    end_of(tree, 0)
+    return frozenset(spans)
+
+
+def tokenize(line: str) -> list[str]:
+    """The words between spaces, lower-cased; tokens that are punctuation and no more are removed.
+
+    Without tags, what is a word is told by its characters, so that a plural's possessive "'" is
+    lost here and kept in trees.
+    """
+    return [word.lower() for word in line.split() if not is_punctuation(word)]
+
+
+def is_punctuation(word: str) -> bool:
+    """Whether a word is made of punctuation marks, or is a bracket in the treebanks' spelling."""
+    return word.upper() in BRACKETS or all(
+        mark == "`" or (unicodedata.category(mark)[0] == "P" and mark not in SPOKEN)
+        for mark in word
+    )

@@ -1,0 +1,115 @@
+"""One pass over a sentence that scores all its spans."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+
+@dataclass(frozen=True)
+class SpanEncoding:
+    """What the encoder says of the words and of all spans of at least two words.
+
+    index: position of span (start, end) among the spans.
+    spans, words: hidden vectors.
+    scores: one score for each label of each span.
+    flow, backward: of each span as a root: its share of log F and of P_B's logits.
+    word_score, word_flow: the same for single words.
+    """
+
+    index: Int[Tensor, "ends ends"]
+    spans: Float[Tensor, "batch spans width"]
+    words: Float[Tensor, "batch length width"]
+    scores: Float[Tensor, "batch spans labels"]
+    flow: Float[Tensor, "batch spans"]
+    backward: Float[Tensor, "batch spans"]
+    word_score: Float[Tensor, "batch length"]
+    word_flow: Float[Tensor, "batch length"]
+
+    def select(self, rows: Int[Tensor, "rows"]) -> SpanEncoding:
+        """The same of chosen sentences, which may repeat."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        index = fields.pop("index")
+        return SpanEncoding(index, **{name: value[rows] for name, value in fields.items()})
+
+
+def zero_linear(inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer that starts as zero, so that what it is added to comes first."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class SpanEncoder(nn.Module):
+    """Word embeddings, a bidirectional GRU, and a small network on differences of its states.
+
+    A span is the difference of the states at its two boundaries, forward and backward.
+
+    vocabulary: number of word ids.
+    labels: scores for each span.
+    max_length: the longest sentence in words.
+    width: of the embeddings, of each direction of the GRU and of the hidden layers.
+    dropout: of word embeddings and hidden units, in training.
+    """
+
+    def __init__(
+        self, vocabulary: int, labels: int, max_length: int, width: int = 128, dropout: float = 0.0
+    ):
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.recurrent = nn.GRU(width, width, batch_first=True, bidirectional=True)
+        self.boundary = nn.Linear(2 * width, width)
+        self.length_embedding = nn.Embedding(max_length + 1, width)
+        self.hidden = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+        self.score = zero_linear(width, labels)
+        self.word_score = zero_linear(width, 1)
+        self.backward_score = zero_linear(width, 1)
+        self.flow = nn.ModuleDict({"span": zero_linear(width, 1), "word": zero_linear(width, 1)})
+
+    def states(
+        self, words: Int[Tensor, "batch length"], lengths: Int[Tensor, "batch"]
+    ) -> Float[Tensor, "batch ends features"]:
+        """A vector for each boundary, such that a span is the difference of two of them."""
+        embedded = self.dropout(self.embedding(words))
+        packed = pack_padded_sequence(
+            embedded, lengths.cpu(), batch_first=True, enforce_sorted=False
+        )
+        states, _ = pad_packed_sequence(
+            self.recurrent(packed)[0], batch_first=True, total_length=words.shape[1]
+        )
+        forward, backward = states.chunk(2, -1)
+        none = forward.new_zeros(len(words), 1, forward.shape[-1])
+        return torch.cat([torch.cat([none, forward], 1), torch.cat([-backward, none], 1)], -1)
+
+    def forward(
+        self, words: Int[Tensor, "batch length"], lengths: Int[Tensor, "batch"]
+    ) -> SpanEncoding:
+        length = words.shape[1]
+        boundary = self.states(words, lengths) @ self.boundary.weight.t()
+        start, end = torch.triu_indices(length + 1, length + 1, 2, device=words.device)
+        index = torch.zeros(length + 1, length + 1, dtype=torch.long, device=words.device)
+        index[start, end] = torch.arange(len(start), device=words.device)
+        width = self.boundary.bias + self.length_embedding(end - start)
+        spans = self._hidden(boundary[:, end] - boundary[:, start] + width)
+        one = self.boundary.bias + self.length_embedding.weight[1]
+        single = self._hidden(boundary[:, 1:] - boundary[:, :-1] + one)
+        return SpanEncoding(
+            index=index,
+            spans=spans,
+            words=single,
+            scores=self.score(spans),
+            flow=self.flow["span"](spans).squeeze(-1),
+            backward=self.backward_score(spans).squeeze(-1),
+            word_score=self.word_score(single).squeeze(-1),
+            word_flow=self.flow["word"](single).squeeze(-1),
+        )
+
+    def _hidden(self, spans: Tensor) -> Tensor:
+        return self.dropout(self.hidden(spans.relu()).relu())

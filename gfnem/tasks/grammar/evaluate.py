@@ -1,0 +1,389 @@
+"""Rating grammars and their posteriors on held-out sentences, and parsing with them."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import TYPE_CHECKING, Literal, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gfnem.em import Metrics
+from gfnem.errors import UserError
+from gfnem.model import LatentVariableModel
+from gfnem.posterior import Posterior
+from gfnem.posteriors.exact import TractableModel
+from gfnem.tasks.grammar import inside
+from gfnem.tasks.grammar.data import Corpus, GrammarData, Sentences, SplitName
+from gfnem.tasks.grammar.f1 import SpanCounts
+from gfnem.tasks.grammar.messages import sample_labels
+from gfnem.tasks.grammar.model import ParsingModel
+from gfnem.tasks.grammar.tree import Trees
+
+if TYPE_CHECKING:
+    from nltk import Tree
+
+    from gfnem.run import Run
+
+Decode = Literal["mbr", "sample", "viterbi"]
+
+# Shorter sentences have too few trees to tell a posterior that has collapsed from one that has not.
+LONG = 8
+# The sentences that a report shows: enough words to have structure, few enough to be drawn.
+SHOWN, SHOWN_LENGTHS = 6, range(5, 16)
+
+# Ways to choose a sentence's tree: end of the F1's name -> what a report calls it.
+DECODED = {
+    "": "posterior, sample",
+    "_mbr": "posterior, MBR",
+    "_exact_mbr": "exact posterior, MBR",
+    "_viterbi": "Viterbi",
+}
+BASELINES = {"left": "left-branching", "right": "right-branching", "random": "random"}
+
+
+class GrammarEvaluator:
+    """Likelihood, trees and the posterior's fit. All metrics are named `split/...`.
+
+    Likelihood, in nats for each word; no end of the sentence is counted:
+        nll_per_token, perplexity: exact; where the model has a likelihood.
+        iw_nll_per_token: upper bound from `iw_samples` importance-weighted draws of q.
+    F1 of unlabelled spans in percent (see `f1.py`); where there are gold trees:
+        sentence_f1, corpus_f1: one draw of q.
+        sentence_f1_mbr, corpus_f1_mbr: minimum-Bayes-risk trees of the draws' span frequencies.
+        sentence_f1_exact_mbr, corpus_f1_exact_mbr: the same of the grammar's exact span marginals;
+            where it is context-free.
+        sentence_f1_viterbi, corpus_f1_viterbi: the grammar's best trees; context-free, final only.
+        baseline/left_f1, baseline/left_corpus_f1 and the same for right and random: trees of
+            these shapes on the split; final only.
+    The posterior:
+        posterior_gap: E_x[log p(x) - E_q log w] in nats for each sentence; with the likelihood.
+        effective_samples: of the importance weights of `samples` draws.
+        distinct_trees: different shapes among `samples` draws of q, sentences of 8 words or more.
+        right_edge: share of their non-trivial spans that end at the sentence's right edge.
+        distinct_exact_trees, right_exact_edge: the same two of the grammar's exact posterior.
+
+    data: what to rate on.
+    samples: draws of q for each sentence.
+    iw_samples: draws for the bound in final evaluations; others use `samples`.
+    batch_size: sentences at a time.
+    """
+
+    def __init__(
+        self, data: GrammarData, samples: int = 16, iw_samples: int = 128, batch_size: int = 64
+    ):
+        for name, value, least in (
+            ("samples", samples, 1),
+            ("iw_samples", iw_samples, samples),
+            ("batch_size", batch_size, 1),
+        ):
+            if value < least:
+                raise UserError(f"evaluator.{name} is {value}; it must be at least {least}")
+        self.data = data
+        self.samples = samples
+        self.iw_samples = iw_samples
+        self.batch_size = batch_size
+        # What is minimised on the validation split: the bound once a model turns out to have no
+        # exact likelihood.
+        self.selection = "valid/nll_per_token"
+        self._tested: Metrics = {}
+
+    def __call__(
+        self, model: LatentVariableModel, posterior: Posterior, split: str, final: bool = False
+    ) -> Metrics:
+        corpus = self.data.split(cast(SplitName, split))
+        figures: dict[str, list[Tensor]] = {}
+        counts: dict[str, list[SpanCounts]] = {}
+        with _inference(model, posterior):
+            for x in corpus.batches(self.batch_size):
+                x = x.to(_device(model))
+                rated, decoded = self._rate(model, posterior, x, final)
+                for name, values in rated.items():
+                    figures.setdefault(name, []).append(values.double())
+                if corpus.gold is not None:
+                    gold = [corpus.gold[i] for i in x.ids.tolist()]
+                    for name, trees in decoded.items():
+                        counts.setdefault(name, []).append(SpanCounts.of(trees, gold))
+        metrics = _summarise({name: torch.cat(parts) for name, parts in figures.items()})
+        if "iw_nll_per_token" in metrics:
+            metrics["iw_samples"] = self.iw_samples if final else self.samples
+        for name, parts in counts.items():
+            total = SpanCounts.cat(parts)
+            metrics[f"sentence_f1{name}"] = total.sentence_f1
+            metrics[f"corpus_f1{name}"] = total.corpus_f1
+        metrics = {f"{split}/{name}": value for name, value in metrics.items()}
+        exact = f"{split}/nll_per_token" in metrics
+        self.selection = "valid/nll_per_token" if exact else "valid/iw_nll_per_token"
+        if final:
+            metrics |= self._baselines(corpus)
+        if final and split == "test":
+            self._tested = metrics
+        return metrics
+
+    def _rate(
+        self, model: LatentVariableModel, posterior: Posterior, x: Sentences, final: bool
+    ) -> tuple[dict[str, Float[Tensor, "batch"]], dict[str, Trees]]:
+        """Figures of each sentence by name, and its trees by the way they were chosen."""
+        latents = posterior.sample(model, x, self.samples)
+        first = torch.zeros_like(x.lengths)[:, None]
+        trees = {
+            "": latents.z.select(first),
+            "_mbr": _minimum_bayes_risk(latents.z),
+        }
+        figures = {
+            "words": x.lengths,
+            "distinct_trees": latents.z.distinct_shapes(),
+            "right_edge": _right_edge(latents.z),
+        }
+        log_likelihood = model.log_likelihood(x)
+        if log_likelihood is not None:
+            figures["log_likelihood"] = log_likelihood
+        if latents.log_weights is not None:
+            figures["effective_samples"] = 1 / latents.log_weights.softmax(-1).square().sum(-1)
+            log_weights = latents.log_weights
+            if final:
+                log_weights = self._more_log_weights(model, posterior, x, log_weights)
+            figures["iw_log_likelihood"] = _log_mean_exp(log_weights)
+            if log_likelihood is not None:
+                figures["posterior_gap"] = log_likelihood - log_weights.mean(-1)
+        if isinstance(model, TractableModel):
+            exact = model.sample_posterior(x, self.samples)
+            figures["distinct_exact_trees"] = exact.distinct_shapes()
+            figures["right_exact_edge"] = _right_edge(exact)
+        if isinstance(model, ParsingModel):
+            potentials = model.potentials(x)
+            marginals = inside.span_marginals(potentials)
+            trees["_exact_mbr"] = inside.minimum_bayes_risk(marginals, x.lengths)
+            if final:
+                trees["_viterbi"], _ = inside.viterbi(potentials)
+        return figures, trees
+
+    def _more_log_weights(
+        self,
+        model: LatentVariableModel,
+        posterior: Posterior,
+        x: Sentences,
+        log_weights: Float[Tensor, "batch samples"],
+    ) -> Float[Tensor, "batch iw_samples"]:
+        """The given ones and as many more as make `iw_samples`."""
+        parts, missing = [log_weights], self.iw_samples - self.samples
+        while missing > 0:
+            more = posterior.sample(model, x, min(missing, self.samples)).log_weights
+            assert more is not None
+            parts.append(more)
+            missing -= more.shape[1]
+        return torch.cat(parts, 1)
+
+    def _baselines(self, corpus: Corpus) -> Metrics:
+        """F1 of trees that take no notice of the words."""
+        if corpus.gold is None:
+            return {}
+        counts: dict[str, list[SpanCounts]] = {}
+        for x in corpus.batches(self.batch_size):
+            gold = [corpus.gold[i] for i in x.ids.tolist()]
+            shapes = {
+                "left": Trees.left_branching(x.lengths),
+                "right": Trees.right_branching(x.lengths),
+                "random": Trees.random(x.lengths, self.samples),
+            }
+            for name, trees in shapes.items():
+                counts.setdefault(name, []).append(SpanCounts.of(trees, gold))
+        metrics = {}
+        for name, parts in counts.items():
+            total = SpanCounts.cat(parts)
+            metrics[f"baseline/{name}_f1"] = total.sentence_f1
+            metrics[f"baseline/{name}_corpus_f1"] = total.corpus_f1
+        return metrics
+
+    def report(self, model: LatentVariableModel, posterior: Posterior, run: Run) -> None:
+        """Learning curves, parses of a few test sentences, and F1 beside that of trivial trees.
+
+        The F1 values are those of the last final evaluation on the test split, which is made now
+        if there was none.
+        """
+        from gfnem.run.plots import bar_table, draw_trees, learning_curves
+
+        run.add_figure("learning_curves", learning_curves(run.metrics()))
+
+        corpus = self.data.test
+        chosen = _shown(corpus)
+        words = [corpus.sentences[i] for i in chosen]
+        x = corpus.batch(chosen)
+        mbr = parse(model, posterior, x, words, "mbr", self.samples)
+        sample = parse(model, posterior, x, words, "sample")
+        gold = [corpus.gold_trees[i] if corpus.gold_trees else None for i in chosen]
+        run.add_figure(
+            "trees",
+            draw_trees(
+                [
+                    (f"test sentence {i}", predicted, right)
+                    for i, predicted, right in zip(chosen, mbr, gold, strict=True)
+                ]
+            ),
+        )
+        run.add_table(
+            "trees",
+            ("sentence", "MBR tree", "sampled tree", "gold tree"),
+            [
+                (
+                    " ".join(said),
+                    bracketed(best),
+                    bracketed(drawn),
+                    bracketed(right) if right else "",
+                )
+                for said, best, drawn, right in zip(words, mbr, sample, gold, strict=True)
+            ],
+        )
+        if corpus.gold is None:
+            return
+        scores = self._tested or self(model, posterior, "test", final=True)
+        keys = {
+            shown: (f"baseline/{name}_f1", f"baseline/{name}_corpus_f1")
+            for name, shown in BASELINES.items()
+        } | {
+            shown: (f"test/sentence_f1{name}", f"test/corpus_f1{name}")
+            for name, shown in DECODED.items()
+            if f"test/sentence_f1{name}" in scores
+        }
+        rows = {shown: [scores[key] for key in pair] for shown, pair in keys.items()}
+        columns = ("sentence F1", "corpus F1")
+        figure = bar_table(
+            {shown: dict(zip(columns, f1, strict=True)) for shown, f1 in rows.items()},
+            title="F1 of unlabelled spans (%)",
+            own=DECODED["_mbr"],
+        )
+        run.add_figure("f1", figure)
+        run.add_table("f1", ("trees", *columns), [(shown, *f1) for shown, f1 in rows.items()])
+
+
+def parse(
+    model: LatentVariableModel,
+    posterior: Posterior,
+    x: Sentences,
+    words: Sequence[Sequence[str]],
+    decode: Decode = "mbr",
+    samples: int = 16,
+) -> list[Tree]:
+    """One bracketed tree for each sentence, with words directly under nonterminals N0, N1, ...
+
+    Preterminals are summed out everywhere in this package, so trees have none. Where only the
+    shape was chosen, nonterminals are drawn from the exact p(labels | shape, x); where that is
+    intractable, nodes are called X.
+
+    words: of each sentence as they are to be shown.
+    decode: "mbr", the minimum-Bayes-risk tree of the span frequencies of `samples` draws of q;
+        "sample", one draw of q; "viterbi", the best tree of a context-free grammar.
+
+    Raises UserError for another `decode`, and for "viterbi" where the grammar is not context-free.
+    """
+    x = x.to(_device(model))
+    with _inference(model, posterior):
+        potentials = model.potentials(x) if isinstance(model, ParsingModel) else None
+        if decode == "mbr":
+            trees = _minimum_bayes_risk(posterior.sample(model, x, samples).z)
+        elif decode == "sample":
+            trees = posterior.sample(model, x, 1).z
+        elif decode != "viterbi":
+            raise UserError(f"decode is {decode!r}; use 'mbr', 'sample' or 'viterbi'")
+        elif potentials is None:
+            raise UserError(
+                f"decode=viterbi needs a context-free grammar, which {type(model).__name__} is "
+                "not: use decode=mbr or decode=sample"
+            )
+        else:
+            trees, _ = inside.viterbi(potentials)
+        if trees.labels is None and potentials is not None:
+            trees = sample_labels(potentials, trees)
+    return [trees.to_nltk(sentence, said) for sentence, said in enumerate(words)]
+
+
+def bracketed(tree: Tree) -> str:
+    """The tree on one line; round brackets in words become -LRB- and -RRB-."""
+    tree = tree.copy(deep=True)
+    for position in tree.treepositions("leaves"):
+        tree[position] = str(tree[position]).replace("(", "-LRB-").replace(")", "-RRB-")
+    return tree.pformat(margin=sys.maxsize)
+
+
+@contextmanager
+def _inference(*modules: nn.Module) -> Iterator[None]:
+    """Without gradients and in evaluation mode; modules are left in the mode they were in."""
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.train(mode)
+
+
+def _device(model: nn.Module) -> torch.device:
+    tensors = chain(model.parameters(), model.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+def _minimum_bayes_risk(trees: Trees) -> Trees:
+    """The tree whose spans are the most frequent among each sentence's samples.
+
+    Ties are broken at random: always the same way, few samples would favour trees that branch to
+    one side, and right-branching is a strong baseline for English.
+    """
+    batch, samples, nodes = trees.start.shape
+    shape = (batch, nodes + 2, nodes + 2)
+    # All noise of one tree adds up to less than one occurrence of one span.
+    scores = torch.rand(shape, device=trees.start.device) / (nodes + 1)
+    sentence = torch.arange(batch, device=trees.start.device)[:, None, None]
+    once = scores.new_ones(()).expand(trees.start.shape)
+    index = sentence.expand_as(trees.start), trees.start, trees.end
+    scores.index_put_(index, once, accumulate=True)
+    return inside.minimum_bayes_risk(scores, trees.lengths)
+
+
+def _right_edge(trees: Trees) -> Float[Tensor, "batch"]:
+    """The share of non-trivial spans that end at the sentence's right edge; 0 without any."""
+    lengths = trees.lengths[:, None, None]
+    ends_there = (trees.start > 0) & (trees.end == lengths)
+    return ends_there.sum(-1).double().mean(-1) / (trees.lengths - 2).clamp(min=1)
+
+
+def _log_mean_exp(log_weights: Float[Tensor, "batch samples"]) -> Float[Tensor, "batch"]:
+    return log_weights.logsumexp(-1) - math.log(log_weights.shape[1])
+
+
+def _summarise(figures: dict[str, Float[Tensor, "sentences"]]) -> Metrics:
+    """Sentences' figures as metrics; those that no sentence is long enough for are left out."""
+    words = figures["words"]
+    metrics: dict[str, Tensor] = {}
+    if "log_likelihood" in figures:
+        nll = -figures["log_likelihood"].sum() / words.sum()
+        metrics |= {"nll_per_token": nll, "perplexity": nll.exp()}
+    if "iw_log_likelihood" in figures:
+        metrics["iw_nll_per_token"] = -figures["iw_log_likelihood"].sum() / words.sum()
+    for name in ("posterior_gap", "effective_samples"):
+        if name in figures:
+            metrics[name] = figures[name].mean()
+    is_long = words >= LONG
+    if is_long.any():
+        inner = (words - 2)[is_long]
+        for distinct, right in (
+            ("distinct_trees", "right_edge"),
+            ("distinct_exact_trees", "right_exact_edge"),
+        ):
+            if distinct in figures:
+                metrics[distinct] = figures[distinct][is_long].mean()
+                metrics[right] = (figures[right][is_long] * inner).sum() / inner.sum()
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _shown(corpus: Corpus) -> list[int]:
+    """The sentences of a corpus that a report shows, of those that are good to draw if any."""
+    numbers = range(len(corpus.sentences))
+    fitting = [i for i in numbers if len(corpus.sentences[i]) in SHOWN_LENGTHS]
+    return (fitting or list(numbers))[:SHOWN]

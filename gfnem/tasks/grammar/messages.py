@@ -1,0 +1,350 @@
+"""Messages along given trees: log p(x, tree) with labels given or summed out, and labels drawn.
+
+A node's message in[A] is the probability of the words under it given label A, summed over the
+labels below. Messages go bottom-up, one level of all trees of the batch at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gfnem.categorical import sample_categorical
+from gfnem.tasks.grammar.potentials import Potentials
+from gfnem.tasks.grammar.tree import Trees
+
+LEAVES, WORD_LEFT, WORD_RIGHT, INNER = range(4)
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The nodes of a batch of trees as one flat list, by height and then by kind.
+
+    A node's kind says which children are words: both (LEAVES), one, or none (INNER).
+
+    sentence, row, gap, start, end: of each node; row counts trees over the whole batch.
+    left, right: positions in this list of the children; -1 for a word.
+    root: position of each tree's root, [batch * samples].
+    slices: for each height, bottom-up, (kind, first, behind the last) of its non-empty kinds.
+    heights: for each height, bottom-up, (first, behind the last).
+    """
+
+    sentence: Int[Tensor, "total"]
+    row: Int[Tensor, "total"]
+    gap: Int[Tensor, "total"]
+    start: Int[Tensor, "total"]
+    end: Int[Tensor, "total"]
+    left: Int[Tensor, "total"]
+    right: Int[Tensor, "total"]
+    root: Int[Tensor, "rows"]
+    slices: list[tuple[int, int, int]]
+    heights: list[tuple[int, int]]
+
+    @staticmethod
+    def of(trees: Trees) -> Levels:
+        batch, samples, nodes = trees.start.shape
+        left, right = (child.flatten(0, 1) for child in trees.children())
+        exists = trees.exists.flatten(0, 1)
+        start, end = trees.start.flatten(0, 1), trees.end.flatten(0, 1)
+        height = torch.zeros_like(left)
+        while True:
+            below = torch.maximum(
+                torch.where(left >= 0, height.gather(1, left.clamp(min=0)), -1),
+                torch.where(right >= 0, height.gather(1, right.clamp(min=0)), -1),
+            )
+            if torch.equal(below + 1, height):
+                break
+            height = below + 1
+        kind = (left >= 0) * 2 + (right >= 0) * 1
+        row, gap = exists.nonzero(as_tuple=True)
+        key = (height * 4 + kind)[row, gap]
+        key, order = key.sort(stable=True)
+        row, gap = row[order], gap[order]
+        position = torch.full_like(left, -1)
+        position[row, gap] = torch.arange(len(row), device=row.device)
+        children = []
+        for child in (left, right):
+            child = child[row, gap]
+            at = position[row, child.clamp(min=0)]
+            children.append(torch.where(child >= 0, at, -1))
+        top = trees.end.flatten(0, 1) - trees.start.flatten(0, 1)
+        slices, first = [], 0
+        behind = torch.bincount(key // 4).cumsum(0).tolist()
+        keys, counts = key.unique_consecutive(return_counts=True)
+        for value, count in zip(keys.tolist(), counts.tolist(), strict=True):
+            slices.append((value % 4, first, first + count))
+            first += count
+        return Levels(
+            sentence=row // samples,
+            row=row,
+            gap=gap,
+            start=start[row, gap],
+            end=end[row, gap],
+            left=children[0],
+            right=children[1],
+            root=position.gather(1, top.argmax(-1, keepdim=True)).squeeze(1),
+            slices=slices,
+            heights=list(zip([0, *behind[:-1]], behind, strict=True)),
+        )
+
+
+def _word_left(levels: Levels, table: Tensor, chosen: slice) -> Tensor:
+    """Entries [A, C] of the nodes whose left child is a word."""
+    return table[levels.sentence[chosen], levels.start[chosen]]
+
+
+def _word_right(levels: Levels, table: Tensor, chosen: slice) -> Tensor:
+    """Entries [A, B] of the nodes whose right child is a word."""
+    return table[levels.sentence[chosen], levels.end[chosen] - 1]
+
+
+def _positive(x: Tensor) -> Tensor:
+    """x where it may be divided by, 1 where a probability of zero made it zero."""
+    return torch.where(x > 0, x, 1.0)
+
+
+def _upward(
+    levels: Levels, rules: Tensor, left: Tensor, right: Tensor, both: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Messages scaled to maximum 1, the factors that scaled them, and their total log-scales."""
+    total, nonterminals = len(levels.row), rules.shape[0]
+    message = rules.new_empty(total, nonterminals)
+    factor = rules.new_empty(total, 1)
+    log_scale = rules.new_zeros(total, 1)
+    flat_rules = rules.reshape(nonterminals, -1).t()
+    for kind, first, behind in levels.slices:
+        nodes = slice(first, behind)
+        if kind == LEAVES:
+            raw = both[levels.sentence[nodes], levels.gap[nodes]]
+        elif kind == WORD_LEFT:
+            child = levels.right[nodes]
+            raw = (_word_left(levels, left, nodes) @ message[child][..., None]).squeeze(-1)
+            log_scale[nodes] = log_scale[child]
+        elif kind == WORD_RIGHT:
+            child = levels.left[nodes]
+            raw = (_word_right(levels, right, nodes) @ message[child][..., None]).squeeze(-1)
+            log_scale[nodes] = log_scale[child]
+        else:
+            a, b = levels.left[nodes], levels.right[nodes]
+            raw = (message[a][:, :, None] * message[b][:, None]).flatten(1) @ flat_rules
+            log_scale[nodes] = log_scale[a] + log_scale[b]
+        largest = raw.amax(-1, keepdim=True)
+        factor[nodes] = _positive(largest)
+        message[nodes] = raw / factor[nodes]
+        log_scale[nodes] += largest.log()
+    return message, factor, log_scale.squeeze(1)
+
+
+class _LogJointShape(torch.autograd.Function):
+    """log p(x, shape) up to the words' scales, with an outside pass as its backward pass.
+
+    The gradient of log p with respect to a rule is its expected count, sum over nodes of
+    out[A] l[B] r[C] / p, which is one matrix product over all nodes; nothing of the size of the
+    rules is built for any single node.
+    """
+
+    @staticmethod
+    def forward(ctx, root, rules, left, right, both, levels: Levels):  # pyright: ignore
+        message, factor, log_scale = _upward(levels, rules, left, right, both)
+        ctx.save_for_backward(root, rules, left, right, both, message, factor)
+        ctx.levels = levels
+        return (message[levels.root] @ root).log() + log_scale[levels.root]
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):  # pyright: ignore
+        (grad,) = grads
+        root, rules, left, right, both, message, factor = ctx.saved_tensors
+        levels: Levels = ctx.levels
+        nonterminals = rules.shape[0]
+        flat_rules = rules.reshape(nonterminals, -1)
+        top = message[levels.root]
+        probability = top @ root
+        # A tree of probability zero has no gradient.
+        weight = torch.where(probability > 0, grad, 0.0)
+        # outside[v] is kept such that outside[v] . message[v] = 1.
+        outside = torch.zeros_like(message)
+        outside[levels.root] = root / _positive(probability)[:, None]
+        grad_root = (weight / _positive(probability)) @ top
+
+        def descend(child: Tensor, value: Tensor) -> None:
+            inner = (value * message[child]).sum(-1, keepdim=True)
+            outside[child] = value / _positive(inner)
+
+        for kind, first, behind in reversed(levels.slices):
+            nodes = slice(first, behind)
+            out = outside[nodes]
+            if kind == WORD_LEFT:
+                table = _word_left(levels, left, nodes)
+                descend(levels.right[nodes], (out[:, None] @ table).squeeze(1))
+            elif kind == WORD_RIGHT:
+                table = _word_right(levels, right, nodes)
+                descend(levels.left[nodes], (out[:, None] @ table).squeeze(1))
+            elif kind == INNER:
+                a, b = levels.left[nodes], levels.right[nodes]
+                pair = (out @ flat_rules).unflatten(1, (nonterminals, nonterminals))
+                descend(a, (pair @ message[b][..., None]).squeeze(-1))
+                descend(b, (message[a][:, None] @ pair).squeeze(1))
+
+        share = outside * (weight[levels.row, None] / factor)
+        grad_left, grad_right = torch.zeros_like(left), torch.zeros_like(right)
+        grad_both, grad_rules = torch.zeros_like(both), torch.zeros_like(rules)
+        length = left.shape[1]
+        by_kind: dict[int, list[Tensor]] = {}
+        for kind, first, behind in levels.slices:
+            indices = torch.arange(first, behind, device=rules.device)
+            by_kind.setdefault(kind, []).append(indices)
+        for kind, parts in by_kind.items():
+            nodes = torch.cat(parts)
+            out, sentence = share[nodes], levels.sentence[nodes]
+            if kind == LEAVES:
+                at = sentence * both.shape[1] + levels.gap[nodes]
+                grad_both.flatten(0, 1).index_add_(0, at, out)
+            elif kind == WORD_LEFT:
+                at = sentence * length + levels.start[nodes]
+                counts = out[:, :, None] * message[levels.right[nodes]][:, None]
+                grad_left.flatten(0, 1).index_add_(0, at, counts)
+            elif kind == WORD_RIGHT:
+                at = sentence * length + levels.end[nodes] - 1
+                counts = out[:, :, None] * message[levels.left[nodes]][:, None]
+                grad_right.flatten(0, 1).index_add_(0, at, counts)
+            else:
+                a, b = message[levels.left[nodes]], message[levels.right[nodes]]
+                counts = out.t() @ (a[:, :, None] * b[:, None]).flatten(1)
+                grad_rules += counts.view_as(rules)
+        return grad_root, grad_rules, grad_left, grad_right, grad_both, None
+
+
+def log_joint_shape(potentials: Potentials, trees: Trees) -> Float[Tensor, "batch samples"]:
+    """log p(x, shape), labels summed exactly by messages along each tree.
+
+    Its gradient costs about as much as the value and is exact; -inf, with gradient zero, where the
+    grammar gives a shape no probability.
+    """
+    value = _LogJointShape.apply(
+        potentials.root,
+        potentials.rules,
+        potentials.left,
+        potentials.right,
+        potentials.both,
+        Levels.of(trees),
+    )
+    return value.view(trees.start.shape[:2]) + potentials.total_log_scale[:, None]
+
+
+def _log(x: Tensor) -> Tensor:
+    """log x with gradient zero, not NaN, where x is zero."""
+    return torch.where(x > 0, _positive(x).log(), -torch.inf)
+
+
+def log_joint_labelled(potentials: Potentials, trees: Trees) -> Float[Tensor, "batch samples"]:
+    """log p(x, labelled tree), preterminals summed over each word, by gathers.
+
+    Raises ValueError when the trees have no labels.
+    """
+    rules = _rule_scores(potentials, trees).sum(-1)
+    return rules + _root_score(potentials, trees) + potentials.total_log_scale[:, None]
+
+
+def _root_score(potentials: Potentials, trees: Trees) -> Float[Tensor, "batch samples"]:
+    """log p(S -> A) of each tree's topmost label."""
+    assert trees.labels is not None
+    top = trees.labels.gather(-1, trees.sizes.argmax(-1, keepdim=True)).squeeze(-1)
+    return _log(potentials.root[top])
+
+
+def _rule_scores(potentials: Potentials, trees: Trees) -> Float[Tensor, "batch samples nodes"]:
+    """log-probability of the rule at each node, up to the scales of its words; 0 for no node."""
+    if trees.labels is None:
+        raise ValueError("labelled trees are needed; these are shapes")
+    left, right = trees.children()
+    batch, _, nodes = trees.start.shape
+    sentence = torch.arange(batch, device=left.device)[:, None, None]
+    gap = torch.arange(nodes, device=left.device)
+    label = trees.labels.clamp(min=0)
+    below_left = label.gather(-1, left.clamp(min=0))
+    below_right = label.gather(-1, right.clamp(min=0))
+    word_left, word_right = left < 0, right < 0
+    last = (trees.end - 1).clamp(min=0)
+    tables = (
+        (word_left & word_right, potentials.both, (sentence, gap, label)),
+        (word_left & ~word_right, potentials.left, (sentence, trees.start, label, below_right)),
+        (~word_left & word_right, potentials.right, (sentence, last, label, below_left)),
+        (~word_left & ~word_right, potentials.rules, (label, below_left, below_right)),
+    )
+    score = potentials.rules.new_zeros(label.shape)
+    for kind, table, at in tables:
+        chosen = kind & trees.exists
+        values = _log(table[tuple(i.expand_as(label)[chosen] for i in at)])
+        score = score.masked_scatter(chosen, values)
+    return score
+
+
+def inside_scores(
+    potentials: Potentials, trees: Trees
+) -> tuple[Float[Tensor, "batch samples nodes"], Float[Tensor, "batch samples"]]:
+    """What the grammar says of the words under each node, and log p(x, tree); no gradients.
+
+    The former is log sum over A of p(words under the node, shape below it | A) for shapes and
+    log p(words, labels below | the node's label) for labelled trees.
+    """
+    word = torch.arange(potentials.log_scale.shape[1], device=trees.start.device)
+    below = (word >= trees.start[..., None]) & (word < trees.end[..., None])
+    words = (below * potentials.log_scale[:, None, None]).sum(-1)
+    if trees.labels is not None:
+        rules = _rule_scores(potentials, trees)
+        inside = (trees.start[..., None, :] >= trees.start[..., None]) & (
+            trees.end[..., None, :] <= trees.end[..., None]
+        )
+        inside &= trees.exists[..., None, :]
+        scores = torch.where(inside, rules[..., None, :], 0.0).sum(-1) + words
+        top = scores.gather(-1, trees.sizes.argmax(-1, keepdim=True)).squeeze(-1)
+        return scores, top + _root_score(potentials, trees)
+    levels = Levels.of(trees)
+    message, _, log_scale = _upward(
+        levels, potentials.rules, potentials.left, potentials.right, potentials.both
+    )
+    nodes = trees.start.shape[-1]
+    flat = log_scale.new_zeros(words.numel())
+    flat[levels.row * nodes + levels.gap] = message.sum(-1).log() + log_scale
+    root = (message[levels.root] @ potentials.root).log() + log_scale[levels.root]
+    scores = flat.view_as(words) + words
+    return scores, root.view(words.shape[:2]) + potentials.total_log_scale[:, None]
+
+
+def _log(x: Tensor) -> Tensor:
+    """log x with gradient zero, not NaN, where x is zero."""
+    return torch.where(x > 0, _positive(x).log(), -torch.inf)
+
+
+def sample_labels(
+    potentials: Potentials, trees: Trees, generator: torch.Generator | None = None
+) -> Trees:
+    """The same trees with nonterminals drawn from the exact p(labels | shape, x), top-down."""
+    levels = Levels.of(trees)
+    rules, nonterminals = potentials.rules, potentials.rules.shape[0]
+    message, _, _ = _upward(levels, rules, potentials.left, potentials.right, potentials.both)
+    label = torch.zeros_like(levels.row)
+    label[levels.root] = sample_categorical(potentials.root * message[levels.root], generator)
+    for kind, first, behind in reversed(levels.slices):
+        nodes = slice(first, behind)
+        above, row = label[nodes], torch.arange(behind - first, device=label.device)
+        if kind == WORD_LEFT:
+            child = levels.right[nodes]
+            table = _word_left(levels, potentials.left, nodes)[row, above]
+            label[child] = sample_categorical(table * message[child], generator)
+        elif kind == WORD_RIGHT:
+            child = levels.left[nodes]
+            table = _word_right(levels, potentials.right, nodes)[row, above]
+            label[child] = sample_categorical(table * message[child], generator)
+        elif kind == INNER:
+            a, b = levels.left[nodes], levels.right[nodes]
+            weights = rules[above] * message[a][:, :, None] * message[b][:, None]
+            drawn = sample_categorical(weights.flatten(1), generator)
+            label[a], label[b] = drawn // nonterminals, drawn % nonterminals
+    batch, samples, nodes = trees.start.shape
+    labels = torch.full((batch * samples, nodes), -1, device=label.device)
+    labels[levels.row, levels.gap] = label
+    return Trees(trees.start, trees.end, trees.lengths, labels.view(batch, samples, nodes))

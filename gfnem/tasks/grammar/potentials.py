@@ -1,0 +1,93 @@
+"""A grammar's rules with the words of a batch of sentences summed in.
+
+A word needs no recursion: the preterminal above it is summed out as soon as the word is known.
+What is left for trees and charts is a recursion over nonterminals alone, with rules that have a
+word as left child, as right child or as both, looked up by position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """Log-probabilities of a PCFG's rules.
+
+    root: S -> A.
+    binary: A -> B C; children are nonterminals first, preterminals behind them.
+    emission: T -> w.
+    """
+
+    root: Float[Tensor, "nonterminals"]
+    binary: Float[Tensor, "nonterminals symbols symbols"]
+    emission: Float[Tensor, "preterminals vocabulary"]
+
+    @property
+    def nonterminals(self) -> int:
+        return self.root.shape[0]
+
+    @property
+    def preterminals(self) -> int:
+        return self.emission.shape[0]
+
+
+@dataclass(frozen=True)
+class Potentials:
+    """What a grammar says of the words of a batch of sentences, as probabilities.
+
+    root: p(S -> A).
+    rules: p(A -> B C), both children nonterminals.
+    left: sum over T of p(A -> T C) p(T -> w_i), word i the left child; indexed [i, A, C].
+    right: sum over T of p(A -> B T) p(T -> w_i), word i the right child; indexed [i, A, B].
+    both: sum over T and U of p(A -> T U) p(T -> w_i) p(U -> w_i+1).
+    log_scale: every p(T -> w_i) above is divided by exp(log_scale[i]), their maximum over T.
+    log_word: log of the mean over T of p(T -> w_i).
+    lengths: words of each sentence; entries behind the sentence are meaningless.
+    """
+
+    root: Float[Tensor, "nonterminals"]
+    rules: Float[Tensor, "nonterminals nonterminals nonterminals"]
+    left: Float[Tensor, "batch length nonterminals nonterminals"]
+    right: Float[Tensor, "batch length nonterminals nonterminals"]
+    both: Float[Tensor, "batch gaps nonterminals"]
+    log_scale: Float[Tensor, "batch length"]
+    log_word: Float[Tensor, "batch length"]
+    lengths: Int[Tensor, "batch"]
+
+    @staticmethod
+    def of(
+        grammar: Grammar, words: Int[Tensor, "batch length"], lengths: Int[Tensor, "batch"]
+    ) -> Potentials:
+        """Differentiable in the grammar; words of probability zero are allowed."""
+        nt, pt = grammar.nonterminals, grammar.preterminals
+        log_emission = grammar.emission.t()[words]
+        log_scale = log_emission.detach().amax(-1)
+        log_scale = torch.where(log_scale.isfinite(), log_scale, 0.0)
+        emission = (log_emission - log_scale[..., None]).exp()
+        probability = grammar.binary.exp()
+        left = emission @ probability[:, nt:, :nt].permute(1, 0, 2).reshape(pt, nt * nt)
+        right = emission @ probability[:, :nt, nt:].permute(2, 0, 1).reshape(pt, nt * nt)
+        pair = emission[:, :-1] @ probability[:, nt:, nt:].permute(1, 0, 2).reshape(pt, nt * pt)
+        both = pair.unflatten(-1, (nt, pt)) @ emission[:, 1:, :, None]
+        mean = emission.mean(-1)
+        return Potentials(
+            root=grammar.root.exp(),
+            rules=probability[:, :nt, :nt],
+            left=left.unflatten(-1, (nt, nt)),
+            right=right.unflatten(-1, (nt, nt)),
+            both=both.squeeze(-1),
+            log_scale=log_scale,
+            log_word=mean.clamp(min=torch.finfo(mean.dtype).tiny).log() + log_scale,
+            lengths=lengths,
+        )
+
+    @property
+    def total_log_scale(self) -> Float[Tensor, "batch"]:
+        """The sum of log_scale over each sentence's words."""
+        position = torch.arange(self.log_scale.shape[1], device=self.lengths.device)
+        return (self.log_scale * (position < self.lengths[:, None])).sum(-1)

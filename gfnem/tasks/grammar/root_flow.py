@@ -1,0 +1,151 @@
+"""The root-flow policy: a state's flow is a product of flows of its roots.
+
+A root v over words i, ..., j - 1 has flow g(v) = log sum_A exp(o(i, j, A)) in_v[A], where in_v are
+the grammar's own messages and o comes from one encoder pass. Merging l and r into v has the logit
+g(v) - g(l) - g(r) + log size(v), the change of log flow plus the logit of the order-uniform P_B.
+No network runs along a trajectory, and the policy follows every M-step at once.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gfnem.tasks.grammar.env import Forest
+from gfnem.tasks.grammar.policy import (
+    ForestCondition,
+    ForestPolicy,
+    Merges,
+    ScoresAtOnce,
+)
+
+# Stands for log 0: finite, so that differences of two of them are numbers.
+LOG_ZERO = -1e4
+
+
+class RootFlowPolicy(ForestPolicy):
+    """See the module's description.
+
+    Its span scores o(0, n, A) are not learned: the whole sentence's flow is p(x, z) itself.
+    """
+
+    def scores(self, condition: ForestCondition, forest: Forest) -> ScoresAtOnce:
+        return _RootFlowScores(condition, forest)
+
+
+class _RootFlowScores(ScoresAtOnce):
+    """Keeps the flow of each gap's node and every version of it that a rollout has seen.
+
+    A gap's node changes when one of the roots beside it does. Each version is a candidate; the
+    gradient pass scores all candidates of all rows in one go.
+    """
+
+    def __init__(self, condition: ForestCondition, forest: Forest):
+        super().__init__(condition, forest)
+        rows, slots = forest.start.shape
+        self.length = slots
+        steps = forest.steps
+        device = forest.rows.device
+        candidates = slots + 2 * steps
+        nonterminals = forest.message.shape[-1]
+        self.candidate = torch.arange(slots, device=device).repeat(rows, 1)
+        self.made = slots
+        self.start = torch.zeros(rows, candidates, dtype=torch.long, device=device)
+        self.end = torch.full_like(self.start, 2)
+        self.left = torch.zeros_like(self.start)
+        self.right = torch.zeros_like(self.start)
+        self.labels = torch.zeros_like(self.start)
+        self.log_message = forest.message.new_zeros(rows, candidates, nonterminals)
+        self.seen: list[Tensor] = []
+        self.value = forest.log_scale.new_zeros(rows, slots + candidates)
+        word = condition.potentials.log_word + condition.encoding.word_score.detach()
+        self.value[:, :slots] = word[forest.sentence]
+        self.label_logit = forest.message.new_zeros(rows, slots, forest.message.shape[-1])
+        every = torch.arange(slots - 1, device=device)
+        for gap in every:
+            self._score(gap.expand(rows), gap.expand(rows))
+
+    def _score(self, gap: Tensor, candidate: Tensor) -> None:
+        """Enter the node of one gap of each row as a candidate and keep its logits."""
+        forest, rows = self.forest, self.forest.rows
+        start, end = forest.start[rows, gap], forest.end[rows, gap]
+        left, right = forest.left[rows, gap], forest.right[rows, gap]
+        left = torch.where(left < 0, gap, self.length + self.candidate[rows, left.clamp(min=0)])
+        right = torch.where(
+            right < 0, gap + 1, self.length + self.candidate[rows, right.clamp(min=0)]
+        )
+        real = gap != forest.exit
+        end = torch.where(real, end, start + 2).clamp(max=self.length)
+        start = torch.minimum(start, end - 2)
+        right = right.clamp(max=self.value.shape[1] - 1)
+        log_message = forest.message[rows, gap].clamp(min=1e-30).log()
+        scale = forest.log_scale[rows, gap].clamp(min=LOG_ZERO)
+        log_message = torch.where(real[:, None], log_message + scale[:, None], 0.0)
+        self.start[rows, candidate], self.end[rows, candidate] = start, end
+        self.left[rows, candidate], self.right[rows, candidate] = left, right
+        self.log_message[rows, candidate] = log_message
+        self.candidate[rows, gap] = candidate
+        label = self._span_scores(start, end).detach() + log_message
+        self.value[rows, self.length + candidate] = label.logsumexp(-1)
+        size = (end - start - 1).to(label.dtype)
+        below = self.value[rows, left] + self.value[rows, right]
+        self.label_logit[rows, gap] = label + (size.log() - below)[:, None]
+
+    def _span_scores(
+        self, start: Int[Tensor, "rows *spans"], end: Int[Tensor, "rows *spans"]
+    ) -> Float[Tensor, "rows *spans nonterminals"]:
+        encoding, forest = self.condition.encoding, self.forest
+        extra = (1,) * (start.dim() - 1)
+        sentence = forest.sentence.view(-1, *extra)
+        scores = encoding.scores[sentence.expand_as(start), encoding.index[start, end]]
+        whole = (start == 0) & (end == forest.lengths.view(-1, *extra))
+        root = self.condition.potentials.root.clamp(min=1e-30).log()
+        return torch.where(whole[..., None], root, scores)
+
+    def logits(self, rows: Int[Tensor, "rows"] | None) -> Float[Tensor, "rows slots labels"]:
+        logit = self.label_logit if rows is None else self.label_logit[rows]
+        return logit if self.forest.labelled else logit.logsumexp(-1, keepdim=True)
+
+    def merged(self, gap: Tensor, label: Tensor, before: Tensor, after: Tensor) -> None:
+        rows = self.forest.rows
+        self.seen.append(self.candidate.clone())
+        if self.forest.labelled:
+            candidate = self.candidate[rows, gap]
+            self.labels[rows, candidate] = label
+            chosen = self._span_scores(self.start[rows, candidate], self.end[rows, candidate])
+            chosen = chosen.detach() + self.log_message[rows, candidate]
+            self.value[rows, self.length + candidate] = chosen[rows, label]
+        for side in (before, after):
+            made = torch.full_like(side, self.made)
+            self._score(side, made)
+            self.made += 1
+
+    def log_forward(self, merges: Merges) -> Float[Tensor, "steps rows"]:
+        forest, condition = self.forest, self.condition
+        label = self._span_scores(self.start, self.end) + self.log_message
+        total = label.logsumexp(-1)
+        value = total
+        if forest.labelled:
+            value = label.gather(-1, self.labels[..., None]).squeeze(-1)
+        word = condition.potentials.log_word + condition.encoding.word_score
+        values = torch.cat([word[forest.sentence], value], 1)
+        size = (self.end - self.start - 1).to(total.dtype).log()
+        logit = total + size - values.gather(1, self.left) - values.gather(1, self.right)
+        seen = torch.stack(self.seen, 1)
+        step = torch.arange(forest.steps, device=seen.device)[:, None]
+        is_open = forest.exists[:, None] & (forest.time[:, None] >= step)
+        is_open[..., forest.exit] = step.squeeze(1) >= forest.lengths[:, None] - 1
+        # The exit is certain where it is open.
+        logits = logit.gather(1, seen.flatten(1)).view(seen.shape)
+        logits = torch.where(is_open, logits, -torch.inf)
+        logits = torch.cat(
+            [logits[..., :-1], torch.where(is_open[..., -1:], 0.0, -torch.inf)], -1
+        )
+        chosen = logits.gather(-1, merges.gaps[..., None]).squeeze(-1)
+        log_p = chosen - logits.logsumexp(-1)
+        if forest.labelled:
+            candidate = seen.gather(-1, merges.gaps[..., None]).squeeze(-1)
+            conditional = (value - total).gather(1, candidate)
+            log_p = log_p + torch.where(merges.gaps == forest.exit, 0.0, conditional)
+        return log_p.t()

@@ -1,0 +1,442 @@
+from __future__ import annotations
+
+import csv
+import zipfile
+from math import exp, inf, log
+
+import pytest
+import torch
+from torch import Tensor
+
+from gfnem.errors import UserError
+from gfnem.model import LatentVariableModel
+from gfnem.posterior import EStep, Latents, Posterior
+from gfnem.posteriors.exact import ExactPosterior
+from gfnem.run import Run
+from gfnem.tasks.grammar import data as grammar_data
+from gfnem.tasks.grammar.data import Corpus, GrammarData
+from gfnem.tasks.grammar.evaluate import GrammarEvaluator, bracketed, parse
+from gfnem.tasks.grammar.f1 import SpanCounts
+from gfnem.tasks.grammar.model import ParsingModel
+from gfnem.tasks.grammar.potentials import Grammar
+from tests.tasks.grammar import oracle
+
+# The binary trees over five words that have two spans each of the tree over (0, 2), (2, 5), (3, 5).
+TWO_OF_THREE = [
+    {(0, 2), (2, 5), (2, 4)},
+    {(0, 2), (0, 3), (3, 5)},
+    {(1, 5), (2, 5), (3, 5)},
+]
+BALANCED = {(0, 4), (4, 8), (0, 2), (2, 4), (4, 6), (6, 8)}
+
+
+def left(length: int) -> oracle.Shape:
+    return frozenset((0, end) for end in range(2, length + 1))
+
+
+def right(length: int) -> oracle.Shape:
+    return frozenset((start, length) for start in range(length - 1))
+
+
+def whole(length: int, *spans: tuple[int, int]) -> oracle.Shape:
+    return frozenset({(0, length), *spans})
+
+
+class Data(GrammarData):
+    """Every split the same; sentences are lists of word ids."""
+
+    def __init__(self, sentences: list[list[int]], gold: list[oracle.Shape] | None = None):
+        words = [[f"w{word}" for word in sentence] for sentence in sentences]
+        trees = None
+        if gold is not None:
+            trees = [tree_of(*pair) for pair in zip(words, gold, strict=True)]
+        word_ids = [torch.tensor(sentence) for sentence in sentences]
+        self.train = self.valid = self.test = Corpus(words, word_ids, gold, trees, {})
+
+
+def tree_of(words: list[str], spans: oracle.Shape):
+    """The nltk tree with these spans, of any number of children."""
+    from nltk import Tree
+
+    def build(i: int, j: int):
+        children, at = [], i
+        while at < j:
+            ends = [b for a, b in spans if a == at and b <= j and (a, b) != (i, j)]
+            end = max(ends, default=at + 1)
+            children.append(words[at] if end == at + 1 else build(at, end))
+            at = end
+        return Tree("X", children)
+
+    return build(0, len(words))
+
+
+class FixedGrammar(ParsingModel):
+    def __init__(self, grammar: Grammar):
+        super().__init__()
+        self.latent = "shape"
+        self.rules = grammar
+
+    def grammar(self) -> Grammar:
+        return self.rules
+
+    def sample(self, n, generator=None):
+        raise NotImplementedError
+
+
+class Intractable(LatentVariableModel):
+    def log_joint(self, x, z):
+        raise NotImplementedError
+
+    def sample(self, n, generator=None):
+        raise NotImplementedError
+
+
+class FixedPosterior(Posterior):
+    """Gives the same trees, with the same weights, again and again.
+
+    trees: of each sentence of the corpus, by its index.
+    """
+
+    def __init__(self, trees: list[list[oracle.Shape]], log_weights: Tensor | None = None):
+        super().__init__()
+        self.trees = trees
+        self.log_weights = torch.zeros(len(trees), len(trees[0]))
+        if log_weights is not None:
+            self.log_weights = log_weights
+        self.modes: set[bool] = set()
+
+    def e_step(self, model, x) -> EStep:
+        raise NotImplementedError
+
+    def sample(self, model, x, samples: int) -> Latents:
+        self.modes.add(self.training)
+        chosen = [(self.trees[i] * samples)[:samples] for i in x.ids.tolist()]
+        repeats = -(-samples // self.log_weights.shape[1])
+        log_weights = self.log_weights[x.ids].repeat(1, repeats)[:, :samples]
+        return Latents(oracle.to_trees(chosen, x.lengths), log_weights)
+
+
+def right_branching_grammar() -> FixedGrammar:
+    """S -> N0, N0 -> T N1 | T T, N1 -> T N0 | T T; five equally likely words."""
+    binary = torch.full((2, 3, 3), -inf)
+    binary[0, 2, 1] = binary[1, 2, 0] = log(0.75)
+    binary[:, 2, 2] = log(0.25)
+    return FixedGrammar(Grammar(torch.tensor([0.0, -inf]), binary, torch.full((1, 5), 1 / 5).log()))
+
+
+def counts(predicted: list[oracle.Shape], gold: list[oracle.Shape], lengths: list[int]):
+    trees = oracle.to_trees([[tree] for tree in predicted], torch.tensor(lengths))
+    return SpanCounts.of(trees, gold)
+
+
+def test_gold_against_gold_scores_100():
+    gold = [whole(5, (0, 2), (2, 5), (3, 5)), left(6), right(4), left(2), right(2)]
+    found = counts(gold, gold, [5, 6, 4, 2, 2])
+    assert found.sentence_f1 == found.corpus_f1 == 100
+
+
+def test_f1_of_a_hand_worked_case():
+    # Two of three predicted spans are among the three gold ones; a flat gold tree has none to
+    # find; two words have none on either side.
+    gold = [whole(5, (0, 2), (2, 5), (3, 5), (0, 1)), whole(4), whole(2)]
+    found = counts([right(5), left(4), left(2)], gold, [5, 4, 2])
+    assert found.correct.tolist() == [2, 0, 0]
+    assert found.predicted.tolist() == [3, 2, 0]
+    assert found.gold.tolist() == [3, 0, 0]
+    assert found.sentence_f1 == pytest.approx((200 / 3 + 0 + 100) / 3)
+    assert found.corpus_f1 == pytest.approx(100 * 4 / 8)
+
+
+def test_f1_counts_every_sample_as_a_tree():
+    trees = oracle.to_trees([[left(4), right(4)], [left(3), left(3)]], torch.tensor([4, 3]))
+    found = SpanCounts.of(trees, [whole(4, (1, 4)), whole(3, (0, 2))])
+    assert found.sentence_f1 == pytest.approx((0 + 200 / 3 + 100 + 100) / 4)
+    assert found.corpus_f1 == pytest.approx(100 * 6 / 10)
+
+
+def test_f1_of_trivial_trees_on_the_treebank(real_data, tmp_path):
+    # The validation files alone: reading all of them takes long.
+    names = [f"treebank/combined/wsj_{number:04}.mrg" for number in range(160, 180)]
+    with zipfile.ZipFile(real_data / "nltk_data" / "corpora" / "treebank.zip") as archive:
+        archive.extractall(tmp_path, names)
+    files = [str(tmp_path / name) for name in names]
+    data = grammar_data.bracketed(train=files[:1], valid=files, test=files[:1])
+    assert len(data.valid) == 145
+    posterior = FixedPosterior([[right(len(words))] for words in data.valid.sentences])
+    evaluator = GrammarEvaluator(data, samples=1, iw_samples=1)
+    metrics = evaluator(Intractable(), posterior, "valid", final=True)
+    assert metrics["baseline/right_f1"] == metrics["valid/sentence_f1"]
+    # As another program counts them.
+    for name, sentence, corpus in (("right", 46.2, 44.1), ("left", 9.7, 8.9)):
+        assert metrics[f"baseline/{name}_f1"] == pytest.approx(sentence, abs=0.051)
+        assert metrics[f"baseline/{name}_corpus_f1"] == pytest.approx(corpus, abs=0.051)
+    assert metrics["baseline/random_f1"] == pytest.approx(21, abs=4)
+
+
+def test_likelihood_is_that_of_enumeration():
+    grammar = oracle.random_grammar(seed=3)
+    words, lengths = oracle.random_sentences([4, 2, 6, 3, 5], seed=4)
+    sentences = [oracle.sentence(words, lengths, i) for i in range(5)]
+    evaluator = GrammarEvaluator(Data(sentences), samples=2, iw_samples=4, batch_size=2)
+    metrics = evaluator(FixedGrammar(grammar), ExactPosterior(), "valid")
+    nll = -sum(oracle.log_partition(grammar, sentence) for sentence in sentences) / 20
+    assert metrics["valid/nll_per_token"] == pytest.approx(nll, abs=1e-10)
+    assert metrics["valid/perplexity"] == pytest.approx(exp(nll))
+    assert evaluator.selection == "valid/nll_per_token"
+
+
+def test_the_exact_posterior_leaves_no_gap():
+    grammar = oracle.random_grammar(seed=5)
+    evaluator = GrammarEvaluator(Data([[1, 2, 3, 4], [5, 6, 7]]), samples=4, iw_samples=8)
+    metrics = evaluator(FixedGrammar(grammar), ExactPosterior(), "test", final=True)
+    assert metrics["test/posterior_gap"] == pytest.approx(0, abs=1e-10)
+    assert metrics["test/effective_samples"] == pytest.approx(4)
+    assert metrics["test/iw_nll_per_token"] == pytest.approx(metrics["test/nll_per_token"])
+
+
+def test_importance_weighted_figures_of_a_hand_worked_case():
+    grammar = oracle.random_grammar(seed=6)
+    sentences = [[1, 2, 3], [4, 5, 6, 7]]
+    posterior = FixedPosterior(
+        [[left(3)] * 2, [right(4)] * 2], torch.tensor([[1.0, 3.0], [0.2, 0.2]]).double().log()
+    )
+    evaluator = GrammarEvaluator(Data(sentences), samples=2, iw_samples=5)
+    metrics = evaluator(FixedGrammar(grammar), posterior, "valid")
+    bound = -(log(2) + log(0.2)) / 7
+    log_likelihood = sum(oracle.log_partition(grammar, sentence) for sentence in sentences)
+    assert metrics["valid/iw_samples"] == 2
+    assert metrics["valid/iw_nll_per_token"] == pytest.approx(bound)
+    assert metrics["valid/effective_samples"] == pytest.approx((16 / 10 + 2) / 2)
+    gap = (log_likelihood - log(3) / 2 - log(0.2)) / 2
+    assert metrics["valid/posterior_gap"] == pytest.approx(gap)
+    # Five draws in chunks of 2, 2 and 1.
+    metrics = evaluator(FixedGrammar(grammar), posterior, "valid", final=True)
+    assert metrics["valid/iw_samples"] == 5
+    bound = -(log((1 + 3 + 1 + 3 + 1) / 5) + log(0.2)) / 7
+    assert metrics["valid/iw_nll_per_token"] == pytest.approx(bound)
+    assert metrics["valid/effective_samples"] == pytest.approx((16 / 10 + 2) / 2)
+
+
+def test_distinct_trees_and_right_edge_of_a_hand_worked_case():
+    data = Data([[0] * 8, [0] * 9, [0] * 7])
+    posterior = FixedPosterior(
+        [[left(8), right(8), whole(8, *BALANCED)], [left(9)] * 3, [right(7)] * 3]
+    )
+    metrics = GrammarEvaluator(data, samples=3)(Intractable(), posterior, "valid")
+    # Seven words are too few to count. Of 3 * 6 + 3 * 7 spans 0 + 6 + 2 end at the right edge.
+    assert metrics["valid/distinct_trees"] == (3 + 1) / 2
+    assert metrics["valid/right_edge"] == pytest.approx(8 / 39)
+
+
+def test_short_sentences_alone_tell_nothing_of_the_posteriors_variety():
+    evaluator = GrammarEvaluator(Data([[0] * 7]), samples=1)
+    metrics = evaluator(right_branching_grammar(), FixedPosterior([[left(7)]]), "valid")
+    assert not any("distinct" in key or "edge" in key for key in metrics)
+
+
+def test_the_grammars_own_trees_are_rated_beside_the_posteriors():
+    data = Data([[0] * 8, [1] * 5], [right(8), left(5)])
+    posterior = FixedPosterior([[left(8)] * 2, [left(5)] * 2])
+    evaluator = GrammarEvaluator(data, samples=2)
+    metrics = evaluator(right_branching_grammar(), posterior, "test", final=True)
+    assert metrics["test/distinct_trees"] == metrics["test/distinct_exact_trees"] == 1
+    assert (metrics["test/right_edge"], metrics["test/right_exact_edge"]) == (0, 1)
+    for name in ("", "_mbr"):
+        assert metrics[f"test/sentence_f1{name}"] == 50
+        assert metrics[f"test/corpus_f1{name}"] == pytest.approx(100 * 3 / 9)
+    for name in ("_exact_mbr", "_viterbi"):
+        assert metrics[f"test/sentence_f1{name}"] == 50
+        assert metrics[f"test/corpus_f1{name}"] == pytest.approx(100 * 6 / 9)
+    assert metrics["baseline/left_corpus_f1"] == metrics["test/corpus_f1"]
+    assert metrics["baseline/right_corpus_f1"] == metrics["test/corpus_f1_viterbi"]
+    assert 0 < metrics["baseline/random_f1"] < 100
+    assert 0 < metrics["baseline/random_corpus_f1"] < 100
+
+
+def test_evaluations_during_training_leave_out_what_is_slow():
+    data = Data([[0] * 8], [right(8)])
+    posterior = FixedPosterior([[left(8)] * 2])
+    metrics = GrammarEvaluator(data, samples=2)(right_branching_grammar(), posterior, "valid")
+    assert "valid/sentence_f1_exact_mbr" in metrics
+    assert not any("viterbi" in key or "baseline" in key for key in metrics)
+
+
+def test_minimum_bayes_risk_takes_the_most_frequent_spans():
+    gold = whole(5, (0, 2), (2, 5), (3, 5))
+    samples = [whole(5, *spans) for spans in TWO_OF_THREE]
+    data = Data([[0] * 5], [gold])
+    metrics = GrammarEvaluator(data, samples=3)(Intractable(), FixedPosterior([samples]), "valid")
+    assert metrics["valid/sentence_f1"] == pytest.approx(200 / 3)
+    assert metrics["valid/sentence_f1_mbr"] == 100
+
+
+def test_minimum_bayes_risk_breaks_ties_to_neither_side():
+    data = Data([[0] * 3] * 100, [right(3)] * 100)
+    posterior = FixedPosterior([[left(3), right(3)]] * 100)
+    torch.manual_seed(0)
+    metrics = GrammarEvaluator(data, samples=2)(Intractable(), posterior, "valid")
+    assert 30 < metrics["valid/sentence_f1_mbr"] < 70
+
+
+def test_text_without_trees_has_no_f1():
+    evaluator = GrammarEvaluator(Data([[0] * 8]), samples=1)
+    posterior = FixedPosterior([[left(8)]])
+    metrics = evaluator(right_branching_grammar(), posterior, "test", final=True)
+    assert "test/nll_per_token" in metrics
+    assert not any("f1" in key for key in metrics)
+
+
+def test_models_without_a_likelihood_are_selected_by_the_bound():
+    evaluator = GrammarEvaluator(Data([[0] * 8]), samples=1)
+    metrics = evaluator(Intractable(), FixedPosterior([[left(8)]]), "valid")
+    assert evaluator.selection == "valid/iw_nll_per_token"
+    assert set(metrics) == {
+        "valid/iw_nll_per_token",
+        "valid/iw_samples",
+        "valid/effective_samples",
+        "valid/distinct_trees",
+        "valid/right_edge",
+    }
+
+
+def test_rating_runs_in_evaluation_mode_and_leaves_the_mode_as_it_was():
+    model, posterior = right_branching_grammar(), FixedPosterior([[left(8)]])
+    model.eval()
+    GrammarEvaluator(Data([[0] * 8]), samples=1)(model, posterior, "valid")
+    assert posterior.modes == {False}
+    assert (model.training, posterior.training) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"samples": 0}, "evaluator.samples is 0; it must be at least 1"),
+        ({"samples": 8, "iw_samples": 7}, "evaluator.iw_samples is 7; it must be at least 8"),
+        ({"batch_size": 0}, "evaluator.batch_size is 0; it must be at least 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        GrammarEvaluator(Data([[0, 1]]), **settings)
+
+
+@pytest.mark.parametrize("decode", ["mbr", "sample", "viterbi"])
+def test_parse_labels_every_way_of_choosing_a_tree(decode):
+    corpus = Data([[0, 1, 2], [0, 1, 2, 3]]).test
+    trees = parse(
+        right_branching_grammar(),
+        ExactPosterior(),
+        corpus.batch([0, 1]),
+        corpus.sentences,
+        decode,
+        samples=2,
+    )
+    assert [bracketed(tree) for tree in trees] == [
+        "(S (N0 w0 (N1 w1 w2)))",
+        "(S (N0 w0 (N1 w1 (N0 w2 w3))))",
+    ]
+
+
+def test_parse_draws_labels_from_their_exact_posterior():
+    grammar = oracle.random_grammar(nonterminals=2, seed=7)
+    words = [1, 2, 3]
+    corpus = Data([words] * 1000).test
+    x = corpus.batch(list(range(1000)))
+    torch.manual_seed(0)
+    trees = parse(FixedGrammar(grammar), FixedPosterior([[left(3)]] * 1000), x, corpus.sentences)
+    joint = oracle.enumerate_labelled(grammar, words)
+    given = oracle.posterior({z: p for z, p in joint.items() if oracle.shape_of(z) == left(3)})
+    for tree, probability in given.items():
+        label = {(i, j): a for i, j, a in tree}
+        text = f"(S (N{label[0, 3]} (N{label[0, 2]} w1 w2) w3))"
+        share = sum(bracketed(found) == text for found in trees) / 1000
+        assert share == pytest.approx(probability, abs=0.06)
+
+
+def test_parse_keeps_the_labels_of_labelled_draws():
+    model = right_branching_grammar()
+    model.latent = "labelled"
+    corpus = Data([[0, 1, 2]]).test
+    (tree,) = parse(model, ExactPosterior(), corpus.batch([0]), corpus.sentences, "sample")
+    assert bracketed(tree) == "(S (N0 w0 (N1 w1 w2)))"
+
+
+def test_parse_without_a_context_free_grammar_leaves_nodes_unnamed():
+    corpus = Data([[0, 1, 2]]).test
+    posterior = FixedPosterior([[left(3)]])
+    (tree,) = parse(Intractable(), posterior, corpus.batch([0]), corpus.sentences)
+    assert bracketed(tree) == "(S (X w0 w1) w2)"
+    with pytest.raises(UserError, match="decode=viterbi needs a context-free grammar, which Intr"):
+        parse(Intractable(), posterior, corpus.batch([0]), corpus.sentences, "viterbi")
+
+
+def test_parse_refuses_an_unknown_way_to_decode():
+    corpus = Data([[0, 1, 2]]).test
+    wrong: dict = {"decode": "best"}
+    with pytest.raises(UserError, match="decode is 'best'; use 'mbr', 'sample' or 'viterbi'"):
+        parse(Intractable(), ExactPosterior(), corpus.batch([0]), corpus.sentences, **wrong)
+
+
+def test_brackets_in_words_are_no_brackets_of_the_tree():
+    from nltk import Tree
+
+    tree = Tree("S", [Tree("N0", ["(", "word"]), "a)"])
+    assert bracketed(tree) == "(S (N0 -LRB- word) a-RRB-)"
+    assert tree.leaves() == ["(", "word", "a)"]
+
+
+def table(run: Run, name: str) -> list[list[str]]:
+    with open(run.path / "tables" / f"{name}.csv") as file:
+        return list(csv.reader(file))
+
+
+def test_report_shows_parses_beside_gold_and_f1_beside_trivial_trees(tmp_path):
+    data = Data([[0] * 8, [1] * 5], [right(8), left(5)])
+    model, posterior = right_branching_grammar(), FixedPosterior([[left(8)] * 2, [left(5)] * 2])
+    run = Run.create(tmp_path / "run", {})
+    run.log({"valid/nll_per_token": 2.0, "valid/right_exact_edge": 0.5}, {"train/m_steps": 1})
+    evaluator = GrammarEvaluator(data, samples=2)
+    model.rules = oracle.random_grammar(nonterminals=2, preterminals=1, vocabulary=5)
+    metrics = evaluator(model, posterior, "test", final=True)
+    evaluator.report(model, posterior, run)
+    assert {path.stem for path in (run.path / "plots").iterdir()} == {
+        "learning_curves",
+        "trees",
+        "f1",
+    }
+    rows = table(run, "f1")
+    assert rows[0] == ["trees", "sentence F1", "corpus F1"]
+    assert {row[0]: [float(value) for value in row[1:]] for row in rows[1:]} == {
+        name: [metrics[sentence], metrics[corpus]]
+        for name, sentence, corpus in (
+            ("left-branching", "baseline/left_f1", "baseline/left_corpus_f1"),
+            ("right-branching", "baseline/right_f1", "baseline/right_corpus_f1"),
+            ("random", "baseline/random_f1", "baseline/random_corpus_f1"),
+            ("posterior, sample", "test/sentence_f1", "test/corpus_f1"),
+            ("posterior, MBR", "test/sentence_f1_mbr", "test/corpus_f1_mbr"),
+            ("exact posterior, MBR", "test/sentence_f1_exact_mbr", "test/corpus_f1_exact_mbr"),
+            ("Viterbi", "test/sentence_f1_viterbi", "test/corpus_f1_viterbi"),
+        )
+    }
+    rows = table(run, "trees")
+    assert rows[0] == ["sentence", "MBR tree", "sampled tree", "gold tree"]
+    sentence, mbr, sample, gold = rows[2]
+    assert sentence == "w1 w1 w1 w1 w1"
+    for tree in (mbr, sample):
+        bare = tree.replace("(N0 ", "(X ").replace("(N1 ", "(X ")
+        assert bare == f"(S {gold})"
+
+
+def test_report_without_gold_trees_has_no_f1(tmp_path):
+    run = Run.create(tmp_path / "run", {})
+    evaluator = GrammarEvaluator(Data([[0] * 3]), samples=2)
+    evaluator.report(right_branching_grammar(), ExactPosterior(), run)
+    assert {path.stem for path in (run.path / "tables").iterdir()} == {"trees"}
+    assert table(run, "trees")[1][3] == ""
+
+
+def test_report_rates_the_test_split_where_nothing_did(tmp_path):
+    run = Run.create(tmp_path / "run", {})
+    evaluator = GrammarEvaluator(Data([[0] * 3], [right(3)]), samples=2)
+    evaluator.report(right_branching_grammar(), ExactPosterior(), run)
+    assert ["Viterbi", "100.0", "100.0"] in table(run, "f1")
