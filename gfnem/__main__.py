@@ -1,0 +1,3 @@
+from gfnem.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,131 @@
+"""From overrides to a composed configuration; whatever is wrong with them is one clear line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from gfnem.errors import UserError
+from gfnem.help import config_folder, groups_in
+
+# What a run is made of; each part is a mapping with a `_target_`, or null.
+PARTS = (
+    "data",
+    "model",
+    "policy",
+    "objective",
+    "refinement",
+    "posterior",
+    "schedule",
+    "optimizer",
+    "em",
+    "evaluator",
+    "tracker",
+)
+
+
+def compose(overrides: Sequence[str], folder: Path | None = None) -> DictConfig:
+    """The configuration of a new run.
+
+    folder: more configuration files, beside gfnem's own.
+
+    Raises UserError for overrides that cannot be read or that nothing takes.
+    """
+    groups = groups_in(config_folder())
+    if folder is not None:
+        if not folder.is_dir():
+            raise UserError(f"--config-dir {folder} is no folder: check the path")
+        for group, options in groups_in(folder).items():
+            groups[group] = {**groups.get(group, {}), **options}
+    for override in overrides:
+        _check(_parsed(override), override, groups)
+    if folder is not None:
+        overrides = [f"hydra.searchpath=['file://{folder.resolve()}']", *overrides]
+    return _compose(config_folder(), overrides)
+
+
+def compose_stored(run: Path, overrides: Sequence[str]) -> DictConfig:
+    """The configuration in a run's directory, with some of its values changed.
+
+    Raises UserError for overrides that cannot be read or that nothing takes.
+    """
+    for override in overrides:
+        _check(_parsed(override), override, {})
+    return _compose(run.resolve(), overrides)
+
+
+def sweep(
+    overrides: Sequence[str], folder: Path | None = None
+) -> list[tuple[list[str], DictConfig]]:
+    """Overrides and configuration of every job of a sweep, `seed=1,2,3 posterior=exact,gflownet`.
+
+    Job number n runs in the folder n of the sweep's `run_dir`.
+    """
+    try:
+        parsed = [_parsed(override) for override in overrides]
+        batches = BasicSweeper.split_arguments(parsed, None)
+    except HydraException as error:
+        raise UserError(_line(error)) from None
+    jobs = [(list(job), compose(job, folder)) for batch in batches for job in batch]
+    for number, (_, config) in enumerate(jobs):
+        # So that ${now:} in `run_dir` is the same in all of them.
+        OmegaConf.copy_cache(jobs[0][1], config)
+        config.run_dir = f"{config.run_dir}/{number}"
+    return jobs
+
+
+def _compose(folder: Path, overrides: Sequence[str]) -> DictConfig:
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(folder)):
+            return hydra_compose("config", overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        unknown = re.match("Could not override '([^']+)'", str(error))
+        if unknown:
+            raise UserError(
+                f"{unknown[1]} is no option of this configuration: gfnem --cfg prints all of them"
+            ) from None
+        raise UserError(_line(error)) from None
+
+
+def _parsed(override: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(override)
+    except HydraException as error:
+        raise UserError(
+            f"{override!r} is not of the form key=value, or its value needs quotes of its own, "
+            f"as in \"key='a=b'\" ({_line(error)})"
+        ) from None
+
+
+def _check(override: Override, text: str, groups: dict[str, dict[str, str]]) -> None:
+    """Raise UserError for what Hydra would accept without effect or refuse in many lines."""
+    key = override.key_or_group
+    if not key:
+        raise UserError(f"{text!r} is not of the form key=value")
+    if key.split(".")[0].split("/")[0] == "hydra":
+        raise UserError(f"{text}: there is nothing of Hydra's own to set here; see run_dir")
+    if override.is_delete():
+        raise UserError(f"{text}: options can be changed, not removed")
+    if override.is_sweep_override():
+        raise UserError(f"{text}: several values need --multirun, text with a comma needs quotes")
+    if override.is_add() and key.partition(".")[0] not in PARTS:
+        raise UserError(f"{text}: only options of {', '.join(PARTS)} can be added")
+    if key in groups and str(override.value()) not in groups[key]:
+        raise UserError(f"{text}: {key} is one of {', '.join(groups[key])}")
+
+
+def _line(error: Exception) -> str:
+    """An error of Hydra's or OmegaConf's in one line, without its links and key listings."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    kept = [line for line in lines if line and not line.startswith(("See http", "full_key:"))]
+    return " ".join(line for line in kept if not line.startswith("object_type="))

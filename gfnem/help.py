@@ -1,0 +1,73 @@
+"""What `gfnem --help` prints. Imports nothing heavy, so that it answers at once."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+USAGE = """\
+gfnem: latent variable models with compositional latents, trained by GFlowNet-EM
+
+usage:
+  gfnem [train] [OVERRIDE ...]             train; the results are in one directory, run_dir
+  gfnem resume=DIR [OVERRIDE ...]          go on with a run that was stopped, or train it longer
+  gfnem evaluate run=DIR [split=test]      rate a trained model
+  gfnem parse run=DIR [file=FILE] [decode=mbr] [samples=16]
+                                           sentences in, one a line (standard input by default),
+                                           bracketed trees out; decode is mbr, sample or viterbi
+  gfnem generate run=DIR [n=16]            sentences and their trees, drawn from the model
+
+  evaluate, parse and generate read the best checkpoint; checkpoint=last reads the last one.
+
+flags:
+  -h, --help          this text
+  --version           gfnem's version
+  --cfg               print the whole configuration and stop
+  -m, --multirun      one run for every combination of comma-separated values, one after another
+  --config-dir DIR    configuration files of your own, beside gfnem's
+
+An OVERRIDE is key=value, as Hydra reads it: GROUP=OPTION chooses a part, GROUP.KEY=VALUE sets one
+of its options (gfnem --cfg prints them all), and seed, run_dir, threads, latent are set directly.
+
+groups and their options:
+"""
+
+EXAMPLES = """\
+examples:
+  gfnem
+  gfnem data=treebank data.max_length=20 seed=1 em.m_steps=300
+  gfnem posterior=exact
+  gfnem latent=labelled policy=light objective=subtb refinement=back_and_forth schedule=adaptive
+  gfnem --multirun seed=1,2,3 posterior=gflownet,exact
+  echo "the old king slept" | gfnem parse run=DIR
+"""
+
+
+def config_folder() -> Path:
+    """gfnem's conf/: within the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def groups_in(folder: Path) -> dict[str, dict[str, str]]:
+    """Group -> option -> the first comment in its file."""
+    groups: dict[str, dict[str, str]] = {}
+    for file in sorted(folder.glob("*/*.yaml")):
+        lines = file.read_text().splitlines()
+        comments = [line[1:].strip() for line in lines if line.startswith("#")]
+        comments = [comment for comment in comments if not comment.startswith("@package")]
+        groups.setdefault(file.parent.name, {})[file.stem] = comments[0] if comments else ""
+    return groups
+
+
+def text() -> str:
+    """The whole help text."""
+    lines = []
+    for group, options in groups_in(config_folder()).items():
+        for number, (option, comment) in enumerate(options.items()):
+            start = f"  {group if number == 0 else '':<12}{option:<18}"
+            lines += textwrap.wrap(
+                start + comment, width=100, subsequent_indent=" " * len(start), tabsize=1
+            )
+    return f"{USAGE}{chr(10).join(lines)}\n\n{EXAMPLES}"

@@ -1,0 +1,87 @@
+"""Check options against the signature of what will take them, before anything is called."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+_NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+    NoneType: "null",
+}
+
+
+def annotations_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """Parameter name -> annotation of what can be passed by name; Any where there is none.
+
+    A constructor that takes **options takes those of the next class in line too.
+    """
+    if isinstance(function, type):
+        calls = [vars(base)["__init__"] for base in function.__mro__ if "__init__" in vars(base)]
+    else:
+        calls = [function]
+    found: dict[str, Any] = {}
+    for call in calls:
+        parameters = inspect.signature(call).parameters.values()
+        for parameter in parameters:
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                found.setdefault(parameter.name, _evaluated(parameter.annotation, call))
+        if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    found.pop("self", None)
+    return found
+
+
+def fits(value: Any, annotation: Any) -> bool:
+    """Whether a value read from YAML can stand where the annotation does."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(fits(value, argument) for argument in arguments)
+    if origin is Literal:
+        return value in arguments
+    if isinstance(value, bool):
+        return annotation is bool
+    if annotation is float:
+        return isinstance(value, (int, float))
+    if annotation in (int, str, NoneType):
+        return isinstance(value, annotation)
+    if annotation is Path:
+        return isinstance(value, str)
+    if isinstance(value, list):
+        is_sequence = isinstance(origin, type) and issubclass(origin, Sequence)
+        items = [argument for argument in arguments if argument is not Ellipsis]
+        return is_sequence and all(any(fits(v, item) for item in items) for v in value)
+    # The options of an object, which are checked against its own signature.
+    return isinstance(value, dict)
+
+
+def described(annotation: Any) -> str:
+    """What fits an annotation, for people."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys(filter(None, map(described, arguments))))
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        return "a list"
+    return _NAMES.get(annotation, "")
+
+
+def _evaluated(annotation: Any, function: Callable[..., Any]) -> Any:
+    if annotation is inspect.Parameter.empty:
+        return Any
+    if not isinstance(annotation, str):
+        return annotation
+    try:
+        return eval(annotation, function.__globals__)
+    except NameError:  # imported for type checkers alone: nothing that YAML could hold
+        return Any

@@ -1,0 +1,310 @@
+"""How long the grammar task's steps take, as a table and as JSON.
+
+    python scripts/benchmark.py                    everything that needs no data
+    python scripts/benchmark.py target             seconds to 5.45 nats per token on the treebank
+    python scripts/benchmark.py inside recipe --threads 2 --json benchmark.json
+
+Sections: `recipe`, one EM iteration of the default recipe; `small` and `large`, the published
+settings (labelled trees, a transformer over all roots, 10 Metropolis-Hastings steps, sleep phase)
+with a 128 wide, 2 layer and a 512 wide, 6 layer policy; `inside`, the inside algorithm beside
+torch-struct's where that is installed (extra `bench`); `target`, whole training runs on the
+treebank sample, which needs its data.
+
+Times are medians over repeats, each on another batch, after a warm-up of two; memory is the
+largest resident size of the process so far. Sections run in processes of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import cycle
+from statistics import median
+from typing import Any
+
+import torch
+
+from gfnem import objectives
+from gfnem.em import EM, Trainer
+from gfnem.posteriors.exact import ExactPosterior
+from gfnem.posteriors.gflownet import GFlowNetPosterior
+from gfnem.posteriors.refinement import BackAndForth
+from gfnem.schedule import Alternation
+from gfnem.tasks.grammar import inside
+from gfnem.tasks.grammar.data import Sentences, treebank
+from gfnem.tasks.grammar.model import NeuralPCFG
+from gfnem.tasks.grammar.root_flow import RootFlowPolicy
+from gfnem.tasks.grammar.transformer import TransformerPolicy
+
+NONTERMINALS, PRETERMINALS, VOCABULARY, LENGTH = 29, 60, 2283, 20
+# Sentences of 2 to 20 words in the Penn Treebank sample, by length.
+LENGTHS = [39, 41, 39, 43, 45, 66, 68, 90, 93, 118, 133, 129, 148, 149, 158, 163, 163, 160, 152]
+TARGET = 5.45
+
+Row = dict[str, Any]
+
+
+def batches(size: int) -> Iterator[Sentences]:
+    """Batches of random words of nearly equal lengths, with the treebank's share of lengths."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.tensor(LENGTHS, dtype=torch.float)
+    lengths = 2 + torch.multinomial(weights, 40 * size, replacement=True, generator=generator)
+    chunks = lengths.sort().values.split(size)
+    for index in cycle(torch.randperm(len(chunks), generator=generator).tolist()):
+        chunk = chunks[index]
+        words = torch.randint(0, VOCABULARY, (size, int(chunk.max())), generator=generator)
+        yield Sentences(words, chunk, torch.arange(size))
+
+
+def measure(step: Callable[[], object], repeats: int) -> float:
+    """Median seconds of a step."""
+    times = []
+    for _ in range(repeats + 2):
+        began = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - began)
+    return median(times[2:])
+
+
+def gigabytes() -> float:
+    """The largest resident size of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def trainers(model: NeuralPCFG, posterior: GFlowNetPosterior) -> tuple[Trainer, Trainer]:
+    adam = partial(torch.optim.Adam, fused=True)
+    return (
+        Trainer("model", [{"params": list(model.parameters())}], partial(adam, lr=1e-3), 3.0, 0),
+        Trainer("posterior", posterior.parameter_groups(), partial(adam, lr=2e-3), 5.0, 0),
+    )
+
+
+def iteration(model: NeuralPCFG, posterior: GFlowNetPosterior, size: int, repeats: int) -> Row:
+    """E-step, refinement and M-step, one after the other on the same batch."""
+    p, q = trainers(model, posterior)
+    source = batches(size)
+    parts: dict[str, list[float]] = {"e_step": [], "refinement": [], "m_step": []}
+
+    def step() -> None:
+        x = next(source)
+        times = [time.perf_counter()]
+        estep = posterior.e_step(model, x)
+        assert estep.loss is not None and estep.latents is not None
+        q.step(estep.loss)
+        times.append(time.perf_counter())
+        with torch.no_grad():
+            latents = posterior.refine(model, x, estep.latents)
+        times.append(time.perf_counter())
+        p.step(-model.log_joint(x, latents.z).mean())
+        times.append(time.perf_counter())
+        for part, began, ended in zip(parts.values(), times, times[1:], strict=False):
+            part.append(ended - began)
+
+    total = measure(step, repeats)
+    return {**{name: median(part[2:]) for name, part in parts.items()}, "iteration": total}
+
+
+def recipe(repeats: int) -> list[Row]:
+    """32 sentences, 4 shapes each: VarGrad with the root-flow policy."""
+    torch.manual_seed(0)
+    model = NeuralPCFG(VOCABULARY, NONTERMINALS, PRETERMINALS, max_length=LENGTH)
+    posterior = GFlowNetPosterior(RootFlowPolicy(VOCABULARY, NONTERMINALS, LENGTH), samples=4)
+    return [{"what": "default recipe", **iteration(model, posterior, 32, repeats)}]
+
+
+def published(width: int, layers: int, bfloat16: bool, repeats: int) -> list[Row]:
+    """32 sentences, one labelled tree each: SubTB(1) with a transformer over all roots."""
+    torch.manual_seed(0)
+    model = NeuralPCFG(
+        VOCABULARY, NONTERMINALS, PRETERMINALS, max_length=LENGTH, latent="labelled"
+    )
+    policy = TransformerPolicy(
+        VOCABULARY,
+        NONTERMINALS,
+        LENGTH,
+        "labelled",
+        width=width,
+        layers=layers,
+        bfloat16=bfloat16,
+    )
+    posterior = GFlowNetPosterior(
+        policy,
+        partial(objectives.subtb, lamda=1.0),
+        samples=1,
+        sleep=1.0,
+        refinement=BackAndForth(steps=10),
+    )
+    precision = "bfloat16" if bfloat16 else "float32"
+    name = f"published, {width} x {layers}, {precision}"
+    return [{"what": name, **iteration(model, posterior, 32, repeats)}]
+
+
+def small(repeats: int) -> list[Row]:
+    return published(128, 2, False, repeats) + published(128, 2, True, repeats)
+
+
+def large(repeats: int) -> list[Row]:
+    return published(512, 6, True, max(repeats // 2, 3))
+
+
+def inside_algorithm(repeats: int) -> list[Row]:
+    """Forward, and forward and backward, of 32 sentences of equal length."""
+    rows = []
+    for length in (10, 20, 40):
+        torch.manual_seed(0)
+        model = NeuralPCFG(VOCABULARY, NONTERMINALS, PRETERMINALS, max_length=length)
+        words = torch.randint(0, VOCABULARY, (32, length))
+        lengths = torch.full((32,), length)
+        x = Sentences(words, lengths, torch.arange(32))
+        grammar = type(model.grammar())(*(t.detach() for t in vars(model.grammar()).values()))
+        leaves = [t.requires_grad_() for t in vars(grammar).values()]
+        of = inside.Potentials.of
+
+        def value(grammar=grammar, x=x, of=of) -> torch.Tensor:
+            return inside.log_partition(of(grammar, x.words, x.lengths)).sum()
+
+        def gradient(value=value, leaves=leaves) -> object:
+            return torch.autograd.grad(value(), leaves)
+
+        with torch.no_grad():
+            forward = measure(value, repeats)
+        both = measure(gradient, repeats)
+        row: Row = {"what": f"inside, {length} words", "forward": forward, "backward too": both}
+        row.update(_torch_struct(grammar, words) if length <= 20 else {})
+        rows.append(row)
+    return rows
+
+
+def _torch_struct(grammar: Any, words: torch.Tensor) -> Row:
+    """The same by torch-struct, where it is installed; a few repeats only, it is slow."""
+    try:
+        from torch_struct import SentCFG
+    except ImportError:
+        return {}
+    lengths = torch.full((len(words),), words.shape[1])
+    terms = grammar.emission.detach().t()[words].requires_grad_()
+    rules = grammar.binary.detach().expand(len(words), -1, -1, -1).clone().requires_grad_()
+    roots = grammar.root.detach().expand(len(words), -1).clone().requires_grad_()
+
+    def forward() -> torch.Tensor:
+        return SentCFG((terms, rules, roots), lengths=lengths).partition.sum()
+
+    def gradient() -> object:
+        return torch.autograd.grad(forward(), (terms, rules, roots))
+
+    return {"torch-struct forward": measure(forward, 3), "torch-struct both": measure(gradient, 3)}
+
+
+def target(repeats: int) -> list[Row]:
+    """Seconds of training to a validation likelihood, evaluations not counted."""
+    rows = []
+    for name in ("default recipe", "exact"):
+        torch.manual_seed(0)
+        data = treebank(max_length=LENGTH, batch_size=16)
+        words = len(data.vocabulary)
+        model = NeuralPCFG(words, NONTERMINALS, PRETERMINALS, max_length=LENGTH)
+        if name == "exact":
+            posterior = ExactPosterior()
+        else:
+            posterior = GFlowNetPosterior(RootFlowPolicy(words, NONTERMINALS, LENGTH))
+        reach = _Reach(data)
+        em = EM(
+            model,
+            posterior,
+            data,
+            m_steps=2000,
+            schedule=Alternation(warmup_e_steps=100),
+            evaluator=reach,
+            evaluate_every=25,
+            seed=0,
+        )
+        reach.em = em
+        em.fit()
+        rows.append({"what": f"{name} to {TARGET}", "seconds": reach.seconds, "m_steps": reach.at})
+    return rows
+
+
+class _Reach:
+    """Stops training at the target and takes the evaluations' time out."""
+
+    selection = "valid/nll_per_token"
+    em: EM
+
+    def __init__(self, data: Any):
+        self.data = data
+        self.spent = 0.0
+        self.seconds = float("nan")
+        self.at = 0
+
+    def __call__(self, model: Any, posterior: Any, split: str, final: bool = False) -> Row:
+        began = time.perf_counter()
+        nats = words = 0.0
+        for x in self.data.split("valid").batches(64):
+            nats -= float(model.log_likelihood(x).sum())
+            words += int(x.lengths.sum())
+        if not self.at and nats / words <= TARGET:
+            self.seconds, self.at = self.em.seconds - self.spent, self.em.m_steps
+            self.em.total_m_steps = self.em.m_steps
+        self.spent += time.perf_counter() - began
+        return {self.selection: nats / words}
+
+    def report(self, *_: Any) -> None:
+        """Nothing to report: figures are this script's."""
+
+
+SECTIONS: dict[str, Callable[[int], list[Row]]] = {
+    "recipe": recipe,
+    "small": small,
+    "large": large,
+    "inside": inside_algorithm,
+    "target": target,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], default=[])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", help="file to write the rows to")
+    parser.add_argument("--only", choices=SECTIONS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.only:
+        torch.set_num_threads(options.threads)
+        rows = SECTIONS[options.only](options.repeats)
+        print(json.dumps([{**row, "peak memory, GB": gigabytes()} for row in rows]))
+        return
+    rows = []
+    for section in options.sections or [name for name in SECTIONS if name != "target"]:
+        command = [sys.executable, __file__, "--only", section]
+        command += ["--repeats", str(options.repeats), "--threads", str(options.threads)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        rows += json.loads(done.stdout.splitlines()[-1])
+        for row in rows[-1:] if len(rows) else []:
+            print(f"{section}: done ({row['what']})", file=sys.stderr)
+    about = {
+        "torch": torch.__version__,
+        "threads": options.threads,
+        "machine": platform.machine(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    for row in rows:
+        cells = [f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()]
+        print("  ".join(cells).removeprefix("what "))
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump({**about, "rows": rows}, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""What tests share: the settings of small runs, and where real data may lie."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Small tensors gain nothing from a second thread."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def real_data(root: Path) -> Path:
+    """The folder with real data; the test is skipped where there is none."""
+    folder = Path(os.environ.get("GFNEM_DATA", root.parent / "shared" / "data")).resolve()
+    if not folder.is_dir():
+        pytest.skip(f"no real data in {folder}: set GFNEM_DATA to its folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data() -> list[str]:
+    """Overrides for little data made on the spot."""
+    return [
+        "device=cpu",
+        "data=toy_english",
+        "data.train_sentences=40",
+        "data.valid_sentences=8",
+        "data.test_sentences=8",
+        "data.max_length=8",
+        "data.batch_size=8",
+    ]
+
+
+@pytest.fixture(scope="session")
+def tiny_run() -> list[str]:
+    """Overrides for a run of a second or two, whatever the data and the posterior."""
+    return [
+        "model.nonterminals=3",
+        "model.preterminals=4",
+        "model.width=8",
+        "em.m_steps=4",
+        "em.evaluate_every=2",
+        "em.log_every=2",
+        "evaluator.samples=4",
+        "evaluator.iw_samples=8",
+    ]

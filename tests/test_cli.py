@@ -1,0 +1,436 @@
+"""Every verb of the command line once, and every mistake once, on little data."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from nltk import Tree
+
+import gfnem
+from gfnem.cli import main
+from gfnem.em import EM
+from gfnem.tasks.grammar.evaluate import GrammarEvaluator
+
+GFLOWNET = ["schedule.warmup_e_steps=2", "policy.width=8"]
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_data: list[str], tiny_run: list[str]) -> list[str]:
+    return [*tiny_data, *tiny_run, *GFLOWNET]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    path = tmp_path_factory.mktemp("trained") / "run"
+    assert main([*tiny, f"run_dir={path}"]) == 0
+    return path
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs without figures, which take longer than all else."""
+    monkeypatch.setattr(GrammarEvaluator, "report", lambda *arguments: None)
+
+
+def failing(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a wrong command line gives."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1, captured.err
+    return captured.err.strip()
+
+
+def state_of(run: Path, which: str) -> dict:
+    return torch.load(run / "checkpoints" / f"{which}.pt", weights_only=True)
+
+
+def assert_same(one: object, other: object) -> None:
+    """Equal to the last bit, times aside."""
+    assert type(one) is type(other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        assert list(one) == list(other)
+        for key in one:
+            if key not in ("seconds", "time/seconds"):
+                assert_same(one[key], other[key])
+    elif isinstance(one, list) and isinstance(other, list):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_same(a, b)
+    elif isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        assert torch.equal(one, other)
+    else:
+        assert one == other
+
+
+def read_metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.usefixtures("no_report")
+class TestTrain:
+    def test_leaves_a_complete_run(self, trained: Path) -> None:
+        config = yaml.safe_load((trained / "config.yaml").read_text())
+        assert config["em"]["m_steps"] == 4
+        assert config["model"]["vocabulary"] == config["sizes"]["vocabulary"] > 1
+        summary = json.loads((trained / "summary.json").read_text())
+        assert summary["train/m_steps"] == 4
+        assert summary["test/nll_per_token"] > 0
+        assert [line["train/m_steps"] for line in read_metrics(trained)][-1] == 4
+        assert list((trained / "plots").glob("*.png"))
+
+    def test_says_what_it_does(
+        self, tiny: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        assert main(["train", *tiny, "run_dir=here"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert "40" in lines[0]
+        assert lines[1] == "device cpu, run directory here"
+        assert any(re.fullmatch(r"test/nll_per_token +\d\.\d{4}", line) for line in lines)
+        assert lines[-1] == "run directory here"
+        assert os.listdir(tmp_path) == ["here"]
+
+    def test_same_seed_same_run(self, trained: Path, tiny: list[str]) -> None:
+        assert main([*tiny, "run_dir=again"]) == 0
+        assert_same(read_metrics(Path("again")), read_metrics(trained))
+        assert main([*tiny, "run_dir=other", "seed=1"]) == 0
+        assert read_metrics(Path("other"))[0] != read_metrics(trained)[0]
+
+    def test_runs_get_directories_of_their_own(self, tiny: list[str]) -> None:
+        assert main([*tiny, "em.m_steps=1"]) == main([*tiny, "em.m_steps=1"]) == 0
+        assert len(list(Path("runs/grammar").iterdir())) == 2
+
+    def test_multirun(self, tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["-m", *tiny, "seed=3,4", "em.m_steps=1", "run_dir=sweep"]) == 0
+        configs = [yaml.safe_load(Path(f"sweep/{n}/config.yaml").read_text()) for n in (0, 1)]
+        assert [config["seed"] for config in configs] == [3, 4]
+        assert sorted(os.listdir("sweep")) == ["0", "1"]
+        out = capsys.readouterr().out
+        assert "job 1 of 2" in out and "job 2 of 2" in out
+
+    def test_multirun_goes_on_after_a_job_that_fails(
+        self, tiny: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        jobs = ["-m", "posterior.samples=0,2", "em.m_steps=1", "run_dir=sweep"]
+        assert main([*tiny, *jobs]) == 2
+        assert "posterior.samples is 0" in capsys.readouterr().err
+        assert Path("sweep/1/summary.json").exists()
+
+    def test_cfg_prints_what_would_be_stored(
+        self, trained: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main([*tiny, "--cfg", f"run_dir={trained}"]) == 0
+        printed = yaml.safe_load(capsys.readouterr().out)
+        assert printed == yaml.safe_load((trained / "config.yaml").read_text())
+        assert os.listdir() == []
+
+    def test_own_config_dir(self, tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        Path("mine/experiment").mkdir(parents=True)
+        Path("mine/experiment/short.yaml").write_text("# @package _global_\nem:\n  log_every: 7\n")
+        assert main([*tiny, "--config-dir", "mine", "experiment=short", "--cfg"]) == 0
+        assert yaml.safe_load(capsys.readouterr().out)["em"]["log_every"] == 2
+        short = [option for option in tiny if not option.startswith("em.log_every")]
+        assert main([*short, "--config-dir", "mine", "experiment=short", "--cfg"]) == 0
+        assert yaml.safe_load(capsys.readouterr().out)["em"]["log_every"] == 7
+
+
+def interrupt(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that gets a Ctrl-C in its third M-step."""
+    m_step = EM._m_step
+
+    def interrupting(em: EM, *arguments) -> None:
+        if em.m_steps == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        m_step(em, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EM, "_m_step", interrupting)
+        assert main([*tiny, "run_dir=stopped"]) == 130
+    return Path("stopped")
+
+
+@pytest.mark.usefixtures("no_report")
+class TestResume:
+    def test_is_as_if_it_had_never_stopped(
+        self, tiny: list[str], trained: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        interrupted = interrupt(tiny, monkeypatch)
+        assert state_of(interrupted, "last")["counters"]["m_steps"] == 3
+        assert main([f"resume={interrupted}"]) == 0
+        assert_same(read_metrics(interrupted), read_metrics(trained))
+        for which in ("last", "best"):
+            assert_same(state_of(interrupted, which), state_of(trained, which))
+        summaries = [
+            json.loads((run / "summary.json").read_text()) for run in (interrupted, trained)
+        ]
+        assert_same(*summaries)
+
+    def test_is_what_an_interrupted_run_proposes(
+        self,
+        tiny: list[str],
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        interrupt(tiny, monkeypatch)
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last == "stopped after 3 of 4 M-steps; go on with: gfnem resume=stopped"
+
+    def test_longer(self, trained: Path, tiny: list[str]) -> None:
+        assert main([*tiny, "run_dir=short", "em.m_steps=2"]) == 0
+        assert main(["resume=short", "em.m_steps=4"]) == 0
+        assert_same(state_of(Path("short"), "last")["model"], state_of(trained, "last")["model"])
+
+    def test_finished(self, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        before = (trained / "metrics.jsonl").read_text()
+        capsys.readouterr()
+        assert main([f"resume={trained}"]) == 0
+        out = capsys.readouterr().out
+        assert out.count("\n") == 1
+        assert "is finished, with 4 M-steps" in out
+        assert (trained / "metrics.jsonl").read_text() == before
+
+    def test_prints_its_configuration(
+        self, trained: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        capsys.readouterr()
+        assert main([f"resume={trained}", "em.m_steps=9", "--cfg"]) == 0
+        assert yaml.safe_load(capsys.readouterr().out)["em"]["m_steps"] == 9
+
+
+class TestEvaluate:
+    def test_prints_the_metrics_of_the_summary(
+        self, trained: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        capsys.readouterr()
+        assert main(["evaluate", f"run={trained}"]) == 0
+        printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
+        summary = json.loads((trained / "summary.json").read_text())
+        expected = {k: v for k, v in summary.items() if k.startswith("test/")}
+        assert {k: float(printed[k]) for k in expected} == pytest.approx(expected, abs=5e-5)
+
+    def test_split_and_checkpoint(self, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        capsys.readouterr()
+        assert main(["evaluate", f"run={trained}", "split=valid", "checkpoint=last"]) == 0
+        assert "valid/nll_per_token" in capsys.readouterr().out
+
+
+class TestParse:
+    def test_file(self, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        long = " ".join(["anna"] * 9)
+        lines = ["Anna saw boris", "anna", "", long, "anna saw Xyzzy", "xyzzy (plugh)", "a b c d"]
+        Path("sentences.txt").write_text("\n".join(lines) + "\n")
+        capsys.readouterr()
+        assert main(["parse", f"run={trained}", "file=sentences.txt"]) == 0
+        captured = capsys.readouterr()
+        out = captured.out.split("\n")
+        assert len(out) == len(lines) + 1
+        for number in (0, 4, 5, 6):
+            leaves = Tree.fromstring(out[number]).leaves()
+            words = lines[number].replace("(", "-LRB-").replace(")", "-RRB-").split()
+            assert leaves == words
+        assert out[1] == out[2] == out[3] == ""
+        notes = captured.err.splitlines()
+        assert notes[0] == "line 2: 'anna' is one word, which has no tree"
+        assert notes[1] == "line 4: 9 words, the model was made for at most 8"
+        assert notes[2] == "line 5: unknown: Xyzzy"
+        assert notes[3] == "line 6: no word of it is known"
+
+    def test_standard_input(
+        self,
+        trained: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("anna saw boris\n"))
+        capsys.readouterr()
+        assert main(["parse", f"run={trained}", "decode=viterbi"]) == 0
+        tree = Tree.fromstring(capsys.readouterr().out)
+        assert tree.leaves() == ["anna", "saw", "boris"]
+        assert all(len(node) in (1, 2) for node in tree.subtrees())
+
+
+class TestGenerate:
+    def test_draws_sentences_with_their_trees(
+        self, trained: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        capsys.readouterr()
+        assert main(["generate", f"run={trained}", "n=5"]) == 0
+        captured = capsys.readouterr()
+        lines = captured.out.splitlines()
+        assert len(lines) == 5 or f"{5 - len(lines)} of 5 sentences are missing" in captured.err
+        assert lines
+        for line in lines:
+            sentence, tree = line.split("\t")
+            assert Tree.fromstring(tree).leaves() == sentence.split()
+            assert 2 <= len(sentence.split()) <= 8
+        main(["generate", f"run={trained}", "n=5"])
+        assert capsys.readouterr().out == captured.out
+        main(["generate", f"run={trained}", "n=5", "seed=7"])
+        assert capsys.readouterr().out != captured.out
+
+
+class TestHelp:
+    def test_lists_groups_and_comes_without_torch(self, root: Path) -> None:
+        code = (
+            "import sys; from gfnem.cli import main; main(['--help']);"
+            "assert not {'torch', 'gfn', 'wandb', 'nltk', 'hydra'} & set(sys.modules)"
+        )
+        environment = {**os.environ, "PYTHONPATH": str(root)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        for word in ("parse", "generate", "evaluate", "resume", "back_and_forth", "root_flow"):
+            assert word in done.stdout
+        assert max(map(len, done.stdout.splitlines())) <= 100
+
+    def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["--version"]) == 0
+        assert capsys.readouterr().out == f"gfnem {gfnem.__version__}\n"
+
+    def test_module(self, root: Path) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(root)}
+        done = subprocess.run(
+            [sys.executable, "-m", "gfnem", "--frob"], env=environment, capture_output=True
+        )
+        assert done.returncode == 2
+        assert done.stderr == b"gfnem: there is no flag --frob: see gfnem --help\n"
+
+
+MISTAKES = [
+    (["em.typo=1"], "em.typo is no option of this configuration"),
+    (["+em.typo=1"], "em.typo is no option of gfnem.em.EM"),
+    (["+typo=1"], "+typo=1: only options of data, model"),
+    (["seed=0", "~seed"], "'~seed' is not of the form key=value"),
+    (["~seed=0"], "~seed=0: options can be changed, not removed"),
+    (["hydra.run.dir=x"], "hydra.run.dir=x: there is nothing of Hydra's own to set"),
+    (["policy=nosuch"], "policy=nosuch: policy is one of light, root_flow, transformer"),
+    (["refinement=null"], "refinement=null: refinement is one of"),
+    (["=3"], "'=3' is not of the form key=value"),
+    (["em.m_steps=[1"], "'em.m_steps=[1' is not of the form key=value"),
+    (["run_dir=a=b"], "'run_dir=a=b' is not of the form key=value"),
+    (["seed=1,2"], "seed=1,2: several values need --multirun"),
+    (["seed=${typo}"], "Interpolation key 'typo' not found"),
+    (["em=3"], "em=3: only options of it can be set"),
+    (["em.m_steps=abc"], "em.m_steps=abc: it must be a whole number"),
+    (["em.m_steps=1.5"], "em.m_steps=1.5: it must be a whole number"),
+    (["em.m_steps=null"], "em.m_steps=null: it must be a whole number"),
+    (["em.m_steps=0"], "em.m_steps is 0; it must be at least 1"),
+    (["em.model_clip=high"], "em.model_clip=high: it must be a number or null"),
+    (["seed=abc"], "seed=abc: it must be a whole number"),
+    (["threads=0"], "threads is 0; it must be at least 1"),
+    (["latent=words"], "latent=words: it must be one of shape, labelled"),
+    (["run_dir=3"], "run_dir=3: it must be text"),
+    (["posterior.behaviour.epsilon=2"], "epsilon is 2; it must lie between 0 and 1"),
+    (["posterior.behaviour.epsilon=x"], "posterior.behaviour.epsilon=x: it must be a number"),
+    (["optimizer.model.lr=-1"], "optimizer.model: Invalid learning rate: -1"),
+    (["+optimizer.model.typo=1"], "optimizer.model.typo is no option of torch.optim.Adam"),
+    (["posterior.flow_lr=0.1"], "posterior.flow_lr is no option of this configuration"),
+    (["data.batch_size=-1"], "batch_size is -1; it must be at least 1"),
+    (["data=bracketed"], "data.train is missing: give it with data.train=..."),
+    (["data=bracketed", "data.train=nosuch.ptb"], "nosuch.ptb cannot be read"),
+    (["model._target_=no.such.Model"], "model._target_=no.such.Model cannot be imported"),
+    (["--config-dir", "nosuch"], "--config-dir nosuch is no folder"),
+    (["--frob"], "there is no flag --frob"),
+    (["train", "abc"], "'abc' is not of the form key=value"),
+    (["frobnicate"], "gfnem frobnicate needs run=DIR"),
+    (["evaluate"], "gfnem evaluate needs run=DIR"),
+    (["evaluate", "run=nosuch"], "run directory nosuch does not exist"),
+    (["evaluate", "-m", "run=nosuch"], "gfnem evaluate takes no flags"),
+    (["resume=nosuch"], "run directory nosuch does not exist"),
+    (["resume=nosuch", "-m"], "resume=DIR goes with neither --multirun nor --config-dir"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
+def test_mistake(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in failing(arguments, capsys)
+    assert os.listdir() == []
+
+
+WITHOUT_EFFECT = [
+    (["policy=light"], "policy has no effect with ExactPosterior"),
+    (["objective=vargrad"], "objective has no effect with ExactPosterior"),
+    (["objective=tb"], "posterior.flow_lr is no option of gfnem.posteriors.exact.ExactPosterior"),
+    (["refinement=weighting"], "refinement has no effect with ExactPosterior"),
+    (["posterior.sleep=1.0"], "posterior.sleep is no option of this configuration"),
+    (["policy.width=8"], "policy.width is no option of this configuration"),
+    (["schedule=adaptive"], "schedule has no effect"),
+    (["em.posterior_clip=1.0"], "em.posterior_clip has no effect"),
+    (["em.max_e_steps=5"], "em.max_e_steps has no effect"),
+    (["optimizer.posterior.lr=0.1"], "optimizer.posterior.lr is no option of this configuration"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WITHOUT_EFFECT)
+def test_nothing_is_accepted_and_ignored(
+    arguments: list[str],
+    message: str,
+    tiny_data: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert message in failing([*tiny_data, "posterior=exact", *arguments], capsys)
+
+
+MISTAKES_WITH_A_RUN = [
+    (["resume=RUN", "seed=3"], "seed=3: a resumed run keeps what it began with"),
+    (["resume=RUN", "optimizer.model.lr=0.1"], "a resumed run keeps what it began with"),
+    (["resume=RUN", "em.typo=1"], "em.typo is no option of this configuration"),
+    (["resume=RUN", "tracker=wandb"], "tracker=wandb: only options of it can be set"),
+    (["resume=RUN", "data.max_length=7"], "the data is not what the run began with"),
+    (["run_dir=RUN"], "holds a run already"),
+    (["evaluate", "run=RUN", "split=tset"], "split=tset: it must be one of train, valid, test"),
+    (["evaluate", "run=RUN", "checkpoint=3"], "checkpoint=3: it must be one of best, last"),
+    (["evaluate", "run=RUN", "em.m_steps=3"], "em.m_steps=3: it means nothing to evaluate"),
+    (["frobnicate", "run=RUN"], "there is no verb frobnicate for this run: use evaluate, parse"),
+    (["parse", "run=RUN", "file=nosuch.txt"], "file=nosuch.txt cannot be read"),
+    (["parse", "run=RUN", "decode=best"], "decode=best: it must be one of mbr, sample, viterbi"),
+    (["parse", "run=RUN", "samples=[1"], "samples=[1: it must be a whole number"),
+    (["parse", "run=RUN", "samples=0"], "samples is 0"),
+    (["generate", "run=RUN", "n=0"], "n is 0"),
+    (["generate", "run=RUN", "n=many"], "n=many: it must be a whole number"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES_WITH_A_RUN)
+def test_mistake_with_a_run(
+    arguments: list[str],
+    message: str,
+    trained: Path,
+    tiny: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    given = [argument.replace("RUN", str(trained)) for argument in arguments]
+    if given[0].startswith("run_dir"):
+        given = [*tiny, *given]
+    assert message in failing(given, capsys)
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
+
+
+def test_text_that_is_not_utf8(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("latin.txt").write_bytes("früh spät".encode("latin-1"))
+    assert "latin.txt is not UTF-8" in failing(
+        ["parse", f"run={trained}", "file=latin.txt"], capsys
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_cuda(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "device=cuda, but no CUDA device" in failing(["device=cuda"], capsys)

@@ -1,0 +1,83 @@
+"""Every file in conf/ composes, and what it describes can be made and takes a step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from gfnem.build import build, make
+from gfnem.config import compose
+from gfnem.errors import UserError
+from gfnem.help import config_folder, groups_in
+
+GROUPS = groups_in(config_folder())
+OPTIONS = [(group, option) for group, options in GROUPS.items() for option in options]
+TREE = "(S (NP (DT The) (JJ old) (NN king)) (VP (VBD saw) (NP (DT a) (NN cat))) (. .))\n"
+FILES = {"bracketed": 20 * TREE, "text": 20 * "the old king saw a cat\n"}
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_option(
+    group: str,
+    option: str,
+    tiny_data: list[str],
+    tiny_run: list[str],
+    request: pytest.FixtureRequest,
+) -> None:
+    overrides = [*tiny_data, *tiny_run, f"{group}={option}"]
+    if group == "data" and option != "toy_english":
+        overrides = ["device=cpu", *tiny_run, f"data={option}"]
+        if option in FILES:
+            Path("train.txt").write_text(FILES[option])
+            overrides.append("data.train=train.txt")
+        else:
+            folder = request.getfixturevalue("real_data") / "nltk_data"
+            overrides += [f"data.dir={folder}", "data.max_length=5"]
+    if group == "device":
+        overrides.remove("device=cpu")
+        if option == "cuda" and not torch.cuda.is_available():
+            with pytest.raises(UserError, match="no CUDA device"):
+                build(compose(overrides))
+            return
+    built = build(compose(overrides))
+    em = built.em
+    (x, *_) = em.data.train_batches(0)
+    x = x.to(em.device)
+    loss = em.posterior.e_step(em.model, x).loss
+    if loss is not None:
+        loss.backward()
+        assert loss.isfinite()
+    latents = em.posterior.sample(em.model, x, 2)
+    assert em.posterior.expected_log_joint(em.model, x, latents).isfinite().all()
+    make(built.config["tracker"]).start(Path(), {})
+
+
+def test_defaults_are_the_toy_experiment() -> None:
+    plain, toy = (OmegaConf.to_container(compose(given)) for given in ([], ["experiment=toy"]))
+    assert plain == toy
+
+
+def test_command_line_wins_over_data_and_experiment() -> None:
+    config = compose(["experiment=treebank", "data=toy_english", "em.m_steps=7"])
+    assert config.data._target_.endswith("toy_english")
+    assert config.em.m_steps == 7
+    config = compose(["data=treebank", "model.nonterminals=5"])
+    assert (config.model.nonterminals, config.model.preterminals) == (5, 60)
+
+
+def test_latent_reaches_model_and_policy(tiny_data: list[str], tiny_run: list[str]) -> None:
+    config = build(compose([*tiny_data, *tiny_run, "latent=labelled"])).config
+    assert config["model"]["latent"] == config["policy"]["latent"] == "labelled"
+
+
+def test_every_option_says_what_it_is() -> None:
+    assert all(comment for options in GROUPS.values() for comment in options.values())
