@@ -15,6 +15,7 @@ from torch import nn
 from gfnem.config import PARTS
 from gfnem.em import EM
 from gfnem.errors import UserError
+from gfnem.run import Run
 from gfnem.signatures import annotations_of, described, fits
 
 # The parts that a posterior may take beside its own options.
@@ -42,6 +43,8 @@ def build(config: DictConfig) -> Built:
     resolved, data = load_data(config)
     device = set_up(resolved["seed"], resolved["threads"], resolved["device"])
     model = make(resolved["model"])
+    if resolved["model_from"] is not None:
+        _begin_with(model, resolved["model_from"])
     parts = {name: make(resolved[name]) for name in POSTERIOR_PARTS if resolved.get(name)}
     posterior = make(resolved["posterior"], **parts)
     optimizers = {
@@ -63,6 +66,22 @@ def build(config: DictConfig) -> Built:
         **optimizers,
     )
     return Built(resolved, data, em)
+
+
+def _begin_with(model: nn.Module, directory: str) -> None:
+    """Give a model the best parameters of another run.
+
+    Raises UserError where there are none or they are those of another model.
+    """
+    state = Run.open(directory).load_checkpoint("best")["model"]
+    own = model.state_dict()
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    if shapes != {name: tuple(value.shape) for name, value in own.items()}:
+        raise UserError(
+            f"the model of model_from={directory} is not of this kind and size: choose the data, "
+            "the model and its options as there"
+        )
+    model.load_state_dict(state)
 
 
 def load_data(config: DictConfig) -> tuple[dict[str, Any], Any]:
@@ -121,9 +140,10 @@ def make(options: dict[str, Any], **parts: Any) -> Any:
 
 
 def _check(resolved: dict[str, Any], raw: dict[str, Any]) -> None:
-    for name, annotation in annotations_of(set_up).items():
+    direct = {**annotations_of(set_up), "run_dir": str, "model_from": str | None}
+    for name, annotation in direct.items():
+        _check_given(resolved.get(name), name)
         _check_type(resolved.get(name), annotation, name)
-    _check_type(resolved.get("run_dir"), str, "run_dir")
     for part in PARTS:
         options = resolved.get(part)
         if options is None:
@@ -153,14 +173,18 @@ def _check_options(options: dict[str, Any], raw: Any, path: str) -> None:
         source = raw[name] if isinstance(raw, dict) else None
         reference = re.fullmatch(r"\$\{([\w.]+)\}", source) if isinstance(source, str) else None
         where = reference[1] if reference else f"{path}.{name}"
-        if value == "???":
-            raise UserError(f"{where} is missing: give it with {where}=...")
+        _check_given(value, where)
         if annotations is not None:
             if name not in annotations:
                 raise UserError(f"{where} is no option of {options['_target_']}")
             _check_type(value, annotations[name], where)
         if isinstance(value, dict):
             _check_options(value, source, where)
+
+
+def _check_given(value: Any, where: str) -> None:
+    if value == "???":
+        raise UserError(f"{where} is missing: give it with {where}=...")
 
 
 def _check_type(value: Any, annotation: Any, where: str) -> None:

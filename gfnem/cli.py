@@ -30,6 +30,7 @@ KEPT = (
     "task",
     "seed",
     "run_dir",
+    "model_from",
     "latent",
     "sizes",
     "model",
@@ -63,6 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read the output has seen enough; nothing may be flushed to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
+    except OSError as error:
+        # A full disk, a folder that may not be written: named by the error itself.
+        return _failed(UserError(str(error)))
 
 
 @dataclass
@@ -131,6 +135,10 @@ def _train(config: DictConfig, print_config: bool) -> int:
     from gfnem.run import Run
 
     built = build(config)
+    if built.config["em"]["m_steps"] == 0 and built.config["model_from"] is None:
+        raise UserError(
+            "em.m_steps=0 trains the posterior alone: give model_from=RUN, the run of its model"
+        )
     tracker = make(built.config["tracker"])
     return _fit(built, Run.create(built.config["run_dir"], built.config, tracker))
 
@@ -170,7 +178,7 @@ def _resume(directory: Path, overrides: list[str], print_config: bool) -> int:
     if em._finished and _is_complete(stored):
         print(
             f"{directory} is finished, with {em.m_steps} M-steps and {em.e_steps} E-steps: "
-            "raise em.m_steps to go on"
+            "raise em.m_steps (or what else ended it) to go on"
         )
         return DONE
     run = Run.open(directory, make(built.config["tracker"]))
@@ -190,7 +198,8 @@ def _fit(built: Built, run: Run, overrides: Sequence[str] = ()) -> int:
         print(f"interrupted; go on from the last checkpoint with: {again}")
         return INTERRUPTED
     if em._stop:
-        print(f"stopped after {em.m_steps} of {em.total_m_steps} M-steps; go on with: {again}")
+        done = f"{em.m_steps} of {em.total_m_steps} M-steps and {em.e_steps} E-steps"
+        print(f"stopped after {done}; go on with: {again}")
         return INTERRUPTED
     shown = ("train/m_steps", "train/best_m_steps", "time/seconds")
     for line in _lines({k: v for k, v in summary.items() if k in shown or k.startswith("test/")}):

@@ -61,7 +61,9 @@ def compose_stored(run: Path, overrides: Sequence[str]) -> DictConfig:
     """
     for override in overrides:
         _check(_parsed(override), override, {})
-    return _compose(run.resolve(), overrides)
+    config = _compose(run.resolve(), overrides)
+    config.model_from = None  # the run's checkpoints hold all parameters
+    return config
 
 
 def sweep(

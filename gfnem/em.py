@@ -132,13 +132,15 @@ class EM:
     """Fit p(x, z) by maximum likelihood with latents from q(z | x).
 
     model, posterior, data: what is trained, and on what.
-    m_steps: the run ends after so many M-steps,
-    max_e_steps: or after so many E-steps, whichever comes first; None for no limit.
+    m_steps: the run ends after so many M-steps; 0 leaves the model as it is and trains q alone.
+    max_e_steps, max_seconds: or after so many E-steps or seconds, whichever comes first; None for
+        no limit.
     schedule: when steps are due; a posterior without parameters gets an M-step on every batch.
     model_optimizer, posterior_optimizer: called with parameter groups.
     model_clip, posterior_clip: largest norms of the gradients.
     warmup: steps over which both learning rates rise.
-    evaluator: rates the model every `evaluate_every` M-steps and at the end.
+    evaluator: rates the model every `evaluate_every` M-steps (E-steps where there are no M-steps)
+        and at the end.
     log_every: batches between two lines of metrics.
     run: where metrics, checkpoints, figures and the summary go; None to keep nothing.
     seed: of all random numbers; None leaves torch's generator as it is.
@@ -152,6 +154,7 @@ class EM:
         data: Data,
         m_steps: int,
         max_e_steps: int | None = None,
+        max_seconds: float | None = None,
         schedule: Schedule | None = None,
         model_optimizer: OptimizerFactory = MODEL_OPTIMIZER,
         posterior_optimizer: OptimizerFactory = POSTERIOR_OPTIMIZER,
@@ -166,8 +169,9 @@ class EM:
         device: str | torch.device = "cpu",
     ):
         for name, value, least in (
-            ("m_steps", m_steps, 1),
+            ("m_steps", m_steps, 0),
             ("max_e_steps", max_e_steps, 1),
+            ("max_seconds", max_seconds, 0),
             ("evaluate_every", evaluate_every, 1),
             ("log_every", log_every, 1),
             ("warmup", warmup, 0),
@@ -177,11 +181,17 @@ class EM:
         for name, clip in (("model_clip", model_clip), ("posterior_clip", posterior_clip)):
             if clip is not None and not clip > 0:
                 raise UserError(f"em.{name} is {clip}; it must be positive, or null for none")
+        if m_steps == 0 and max_e_steps is None and max_seconds is None:
+            raise UserError(
+                "em.m_steps=0 trains the posterior alone: say when to stop, by em.max_e_steps or "
+                "em.max_seconds"
+            )
         self.model = model.to(device)
         self.posterior = posterior.to(device)
         self.data = data
         self.total_m_steps = m_steps
         self.max_e_steps = max_e_steps
+        self.max_seconds = max_seconds
         self.schedule = schedule or Alternation()
         self.evaluator = evaluator
         self.evaluate_every = evaluate_every
@@ -199,10 +209,12 @@ class EM:
             if groups
             else None
         )
+        if self._frozen and self.posterior_trainer is None:
+            raise UserError("em.m_steps=0 trains the posterior alone, but it has no parameters")
         self.m_steps = self.e_steps = 0
         self.batches_seen = self.epoch = self.position = 0
         self.seconds = 0.0
-        self.evaluated: int | None = None  # M-steps at the latest evaluation
+        self.evaluated: int | None = None  # steps at the latest evaluation
         self.best = math.nan  # nothing rated yet
         self.best_m_steps = 0
         self.latest: Metrics = {}
@@ -246,20 +258,33 @@ class EM:
             self.seconds = time.monotonic() - began
             if self.batches_seen % self.log_every == 0:
                 self._log()
-            if m_step_due and self.m_steps % self.evaluate_every == 0:
+            if (m_step_due or self._frozen) and self._steps % self.evaluate_every == 0:
                 self._evaluate()
             if self._stop or self._finished:
                 break
         self.seconds = time.monotonic() - began
         if self._stop:
             self._save(best=False)
-        elif self.evaluated != self.m_steps:
+        elif self.evaluated != self._steps:
             self._evaluate()
 
     @property
+    def _frozen(self) -> bool:
+        """Whether the model stays as it is and q alone is trained."""
+        return self.total_m_steps == 0
+
+    @property
+    def _steps(self) -> int:
+        """What evaluations count: M-steps, or E-steps where the model is frozen."""
+        return self.e_steps if self._frozen else self.m_steps
+
+    @property
     def _finished(self) -> bool:
-        enough = self.max_e_steps is not None and self.e_steps >= self.max_e_steps
-        return enough or self.m_steps >= self.total_m_steps
+        return (
+            (self.max_e_steps is not None and self.e_steps >= self.max_e_steps)
+            or (self.max_seconds is not None and self.seconds >= self.max_seconds)
+            or (not self._frozen and self.m_steps >= self.total_m_steps)
+        )
 
     def _batches(self) -> Iterator[Any]:
         if self._finished:
@@ -275,9 +300,11 @@ class EM:
             self.epoch, self.position = self.epoch + 1, 0
 
     def _e_step_due(self) -> bool:
-        return self.posterior_trainer is not None and self.schedule.e_step_due()
+        return self._frozen or (self.posterior_trainer is not None and self.schedule.e_step_due())
 
     def _m_step_due(self) -> bool:
+        if self._frozen:
+            return False
         return self.posterior_trainer is None or self.schedule.m_step_due(self.m_steps)
 
     def _e_step(self, x: Any) -> EStep:
@@ -340,7 +367,7 @@ class EM:
             self._write(self.latest)
         if best:
             self.best_m_steps = self.m_steps
-        self.evaluated = self.m_steps
+        self.evaluated = self._steps
         self._save(best)
 
     def evaluate(self, split: str, final: bool = False) -> Metrics:

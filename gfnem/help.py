@@ -27,7 +27,8 @@ flags:
   --config-dir DIR    configuration files of your own, beside gfnem's
 
 An OVERRIDE is key=value, as Hydra reads it: GROUP=OPTION chooses a part, GROUP.KEY=VALUE sets one
-of its options (gfnem --cfg prints them all), and seed, run_dir, threads, latent are set directly.
+of its options (gfnem --cfg prints them all); seed, run_dir, threads, model_from and latent are
+set directly.
 
 groups and their options:
 """

@@ -122,9 +122,7 @@ def recipe(repeats: int) -> list[Row]:
 def published(width: int, layers: int, bfloat16: bool, repeats: int) -> list[Row]:
     """32 sentences, one labelled tree each: SubTB(1) with a transformer over all roots."""
     torch.manual_seed(0)
-    model = NeuralPCFG(
-        VOCABULARY, NONTERMINALS, PRETERMINALS, max_length=LENGTH, latent="labelled"
-    )
+    model = NeuralPCFG(VOCABULARY, NONTERMINALS, PRETERMINALS, max_length=LENGTH, latent="labelled")
     policy = TransformerPolicy(
         VOCABULARY,
         NONTERMINALS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -189,7 +190,8 @@ class TestResume:
     ) -> None:
         interrupt(tiny, monkeypatch)
         last = capsys.readouterr().out.splitlines()[-1]
-        assert last == "stopped after 3 of 4 M-steps; go on with: gfnem resume=stopped"
+        done = "stopped after 3 of 4 M-steps and 5 E-steps"
+        assert last == f"{done}; go on with: gfnem resume=stopped"
 
     def test_longer(self, trained: Path, tiny: list[str]) -> None:
         assert main([*tiny, "run_dir=short", "em.m_steps=2"]) == 0
@@ -331,7 +333,9 @@ MISTAKES = [
     (["em.m_steps=abc"], "em.m_steps=abc: it must be a whole number"),
     (["em.m_steps=1.5"], "em.m_steps=1.5: it must be a whole number"),
     (["em.m_steps=null"], "em.m_steps=null: it must be a whole number"),
-    (["em.m_steps=0"], "em.m_steps is 0; it must be at least 1"),
+    (["em.m_steps=-1"], "em.m_steps is -1; it must be at least 0"),
+    (["model_from=nosuch"], "run directory nosuch does not exist"),
+    (["model_from=3"], "model_from=3: it must be text or null"),
     (["em.model_clip=high"], "em.model_clip=high: it must be a number or null"),
     (["seed=abc"], "seed=abc: it must be a whole number"),
     (["threads=0"], "threads is 0; it must be at least 1"),
@@ -395,6 +399,7 @@ MISTAKES_WITH_A_RUN = [
     (["resume=RUN", "tracker=wandb"], "tracker=wandb: only options of it can be set"),
     (["resume=RUN", "data.max_length=7"], "the data is not what the run began with"),
     (["run_dir=RUN"], "holds a run already"),
+    (["resume=RUN", "model_from=RUN"], "a resumed run keeps what it began with"),
     (["evaluate", "run=RUN", "split=tset"], "split=tset: it must be one of train, valid, test"),
     (["evaluate", "run=RUN", "checkpoint=3"], "checkpoint=3: it must be one of best, last"),
     (["evaluate", "run=RUN", "em.m_steps=3"], "em.m_steps=3: it means nothing to evaluate"),
@@ -424,6 +429,17 @@ def test_mistake_with_a_run(
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
 
 
+def test_full_disk(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(*arguments, **options) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "summary.json")
+
+    monkeypatch.setattr(EM, "evaluate", write)
+    line = failing(["evaluate", f"run={trained}"], capsys)
+    assert line == "gfnem: [Errno 28] No space left on device: 'summary.json'"
+
+
 def test_text_that_is_not_utf8(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("latin.txt").write_bytes("früh spät".encode("latin-1"))
     assert "latin.txt is not UTF-8" in failing(
@@ -434,3 +450,29 @@ def test_text_that_is_not_utf8(trained: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_no_cuda(capsys: pytest.CaptureFixture[str]) -> None:
     assert "device=cuda, but no CUDA device" in failing(["device=cuda"], capsys)
+
+
+class TestRatePosterior:
+    @pytest.fixture
+    def rated(self, trained: Path, tiny: list[str], no_report: None) -> Path:
+        path = Path("rated")
+        options = [f"run_dir={path}", f"model_from={trained}", "em.m_steps=0", "em.max_e_steps=5"]
+        assert main([*tiny, "experiment=rate_posterior", "em.max_seconds=null", *options]) == 0
+        return path
+
+    def test_leaves_the_model_as_it_is(self, trained: Path, rated: Path) -> None:
+        assert_same(state_of(trained, "best")["model"], state_of(rated, "last")["model"])
+        summary = json.loads((rated / "summary.json").read_text())
+        assert (summary["train/m_steps"], summary["train/e_steps"]) == (0, 5)
+        assert {"train/posterior_gap", "test/posterior_gap", "valid/posterior_gap"} <= set(summary)
+
+    def test_model_of_another_size(
+        self, trained: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        line = failing([*tiny, f"model_from={trained}", "model.nonterminals=5"], capsys)
+        assert line.endswith(
+            "is not of this kind and size: choose the data, the model and its options as there"
+        )
+
+    def test_needs_a_model(self, tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        assert "model_from" in failing([*tiny, "experiment=rate_posterior", "em.m_steps=0"], capsys)

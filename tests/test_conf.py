@@ -9,6 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from gfnem.build import build, make
+from gfnem.cli import main
 from gfnem.config import compose
 from gfnem.errors import UserError
 from gfnem.help import config_folder, groups_in
@@ -42,6 +43,9 @@ def test_option(
         else:
             folder = request.getfixturevalue("real_data") / "nltk_data"
             overrides += [f"data.dir={folder}", "data.max_length=5"]
+    if option == "rate_posterior":
+        main([*tiny_data, *tiny_run, "posterior=exact", "run_dir=model"])
+        overrides.append("model_from=model")
     if group == "device":
         overrides.remove("device=cpu")
         if option == "cuda" and not torch.cuda.is_available():

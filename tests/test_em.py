@@ -678,7 +678,9 @@ def test_evaluation_leaves_modes_and_random_numbers_even_when_it_fails() -> None
 
 def test_evaluation_draws_the_same_numbers_every_time() -> None:
     em = EM(Mixture(), Table(), Urn(), 1, evaluator=Rater())
-    assert em.evaluate("valid") == em.evaluate("valid")
+    rated = em.evaluate("valid")
+    torch.rand(1)
+    assert em.evaluate("valid") == rated
 
 
 def test_without_run_and_with_it_the_same_is_learned(run: Run) -> None:
@@ -820,6 +822,22 @@ def test_run_goes_on_after_many_stops(reference: Reference, tmp_path: Path) -> N
         resumed(reference.make, tmp_path / "run", data=stopping(*stops))[0].fit()
     em, run = resumed(reference.make, tmp_path / "run")
     reference.assert_equals(run, em.fit())
+
+
+def test_best_score_is_kept_across_a_stop(run: Run) -> None:
+    alternating(run, stopping(10), evaluator=Rater(scores=[1.0])).fit()
+    em, _ = resumed(alternating, run.path, evaluator=Rater(scores=[2.0, 3.0, NAN]))
+    summary = em.fit()
+    assert (summary["train/best_m_steps"], summary["valid/nll"]) == (5, 1.0)
+
+
+def test_second_stop_tells_of_the_evaluation_before_the_first(tmp_path: Path) -> None:
+    once, twice = (Run.create(tmp_path / name, {}) for name in ("once", "twice"))
+    expected = without_times(alternating(once, stopping(11)).fit())
+    alternating(twice, stopping(10)).fit()
+    em, run = resumed(alternating, twice.path, data=stopping(11))
+    assert without_times(em.fit()) == without_times(run.summary()) == expected
+    assert "valid/nll" in expected
 
 
 def test_fit_called_again_goes_on(reference: Reference, run: Run) -> None:
@@ -1029,6 +1047,32 @@ def test_posterior_that_diverges_is_named() -> None:
     assert em.m_steps == 0  # no M-step before the E-steps of its cycle are done
 
 
+# A model that stays as it is.
+
+
+def test_posterior_alone(run: Run) -> None:
+    rater = Rater()
+    em = EM(Mixture(), Table(), Urn(), 0, max_e_steps=7, evaluator=rater, evaluate_every=3, run=run)
+    before = parameters(em)
+    summary = em.fit()
+    assert (summary["train/m_steps"], summary["train/e_steps"]) == (0, 7)
+    after = parameters(em)
+    assert same(before[:2], after[:2]) and not same(before[2:], after[2:])
+    # After 3, 6 and the last of the E-steps.
+    assert rater.calls == [("valid", False)] * 3 + [("test", True)]
+
+
+def test_posterior_alone_for_some_time() -> None:
+    em = EM(Mixture(), Table(), Urn(), 0, max_seconds=0.05)
+    em.fit()
+    assert em.m_steps == 0 and em.e_steps > 1 and 0.05 <= em.seconds < 5
+
+
+def test_posterior_alone_needs_parameters() -> None:
+    with pytest.raises(UserError, match="^em.m_steps=0 trains the posterior alone, but it has no"):
+        EM(Mixture(), ExactPosterior(), Urn(), 0, max_e_steps=3)
+
+
 def test_data_without_batches(run: Run, told: Told) -> None:
     class Nothing:
         def train_batches(self, epoch: int) -> list[Symbols]:
@@ -1042,7 +1086,9 @@ def test_data_without_batches(run: Run, told: Told) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"m_steps": 0}, "em.m_steps is 0; it must be at least 1"),
+        ({"m_steps": -1}, "em.m_steps is -1; it must be at least 0"),
+        ({"m_steps": 0}, "em.m_steps=0 trains the posterior alone: say when to stop"),
+        ({"max_seconds": -1.0}, "em.max_seconds is -1.0; it must be at least 0"),
         ({"max_e_steps": 0}, "em.max_e_steps is 0; it must be at least 1"),
         ({"evaluate_every": 0}, "em.evaluate_every is 0; it must be at least 1"),
         ({"log_every": 0}, "em.log_every is 0; it must be at least 1"),

@@ -41,9 +41,7 @@ class Setting:
     def __init__(self, latent: Any = "shape", backward: str = "uniform"):
         self.x: Sentences = sentences(LENGTHS)
         self.policy: ForestPolicy = make_policy("root_flow", latent, backward, nonterminals=2)
-        self.condition: ForestCondition = self.policy.condition(
-            FixedPCFG(GRAMMAR, latent), self.x
-        )
+        self.condition: ForestCondition = self.policy.condition(FixedPCFG(GRAMMAR, latent), self.x)
         torch.manual_seed(0)
         self.paths: Paths = self.policy.sample(self.condition, 6)
         self.log_z = torch.tensor(

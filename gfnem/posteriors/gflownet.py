@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gfnem.errors import UserError
 from gfnem.model import LatentVariableModel
-from gfnem.objectives import ScoredTrajectories, vargrad
+from gfnem.objectives import ScoredTrajectories, VarGrad, vargrad
 from gfnem.posterior import EStep, Latents, Posterior
 from gfnem.posteriors.refinement import Refinement
 
@@ -147,6 +147,8 @@ class GFlowNetPosterior(Posterior):
         self.policy = policy
         # torchgfn objectives own their estimators as modules; the policy's parameters belong here.
         self._objective = (objective(*policy.estimators()),)
+        if samples < 2 and isinstance(self.objective, VarGrad):
+            raise UserError(f"posterior.samples is {samples}; objective=vargrad needs at least 2")
         self.samples = samples
         self.behaviour = behaviour
         self.sleep = sleep

@@ -31,7 +31,7 @@ class Run:
     ```
     config.yaml          the resolved configuration, written once
     metrics.jsonl        one JSON object per logged step
-    summary.json         the final numbers, flat `group/name` keys; only once a run is complete
+    summary.json         the final numbers, flat `group/name` keys; early where it was stopped
     checkpoints/         last.pt and best.pt
     plots/*.png          figures
     tables/*.csv         tables
@@ -190,7 +190,8 @@ class Run:
         """
         with self._metrics_file.open("a") as file:
             os.fsync(file.fileno())
-        for which in ("last", "best") if best else ("last",):
+        # The last one knows of the best one, so it comes second.
+        for which in ("best", "last") if best else ("last",):
             save_state(self._checkpoint_file(which), state)
 
     def load_checkpoint(self, which: Literal["last", "best"] = "last") -> dict[str, Any]:

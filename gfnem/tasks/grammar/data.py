@@ -229,13 +229,13 @@ class GrammarData:
 
 
 def toy_english(
-    train_sentences: int = 2000,
+    train_sentences: int = 3000,
     valid_sentences: int = 200,
     test_sentences: int = 400,
     min_length: int = 2,
     max_length: int = 12,
     min_count: int = 1,
-    batch_size: int = 16,
+    batch_size: int = 64,
     seed: int = 0,
 ) -> GrammarData:
     """Sentences of a small grammar of English, sampled with their trees. No two are the same.

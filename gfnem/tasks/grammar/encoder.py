@@ -18,7 +18,8 @@ class SpanEncoding:
     index: position of span (start, end) among the spans.
     spans, words: hidden vectors.
     scores: one score for each label of each span.
-    flow, backward: of each span as a root: its share of log F and of P_B's logits.
+    flow: the share of log F of each span as a root, under each label that a root may have.
+    backward: the share of P_B's logits of each span as a root.
     word_score, word_flow: the same for single words.
     """
 
@@ -26,7 +27,7 @@ class SpanEncoding:
     spans: Float[Tensor, "batch spans width"]
     words: Float[Tensor, "batch length width"]
     scores: Float[Tensor, "batch spans labels"]
-    flow: Float[Tensor, "batch spans"]
+    flow: Float[Tensor, "batch spans symbols"]
     backward: Float[Tensor, "batch spans"]
     word_score: Float[Tensor, "batch length"]
     word_flow: Float[Tensor, "batch length"]
@@ -53,13 +54,20 @@ class SpanEncoder(nn.Module):
 
     vocabulary: number of word ids.
     labels: scores for each span.
+    symbols: labels that a root may have; 1 where roots have none.
     max_length: the longest sentence in words.
     width: of the embeddings, of each direction of the GRU and of the hidden layers.
     dropout: of word embeddings and hidden units, in training.
     """
 
     def __init__(
-        self, vocabulary: int, labels: int, max_length: int, width: int = 128, dropout: float = 0.0
+        self,
+        vocabulary: int,
+        labels: int,
+        symbols: int,
+        max_length: int,
+        width: int = 128,
+        dropout: float = 0.0,
     ):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
@@ -71,7 +79,9 @@ class SpanEncoder(nn.Module):
         self.score = zero_linear(width, labels)
         self.word_score = zero_linear(width, 1)
         self.backward_score = zero_linear(width, 1)
-        self.flow = nn.ModuleDict({"span": zero_linear(width, 1), "word": zero_linear(width, 1)})
+        self.flow = nn.ModuleDict(
+            {"span": zero_linear(width, symbols), "word": zero_linear(width, 1)}
+        )
 
     def states(
         self, words: Int[Tensor, "batch length"], lengths: Int[Tensor, "batch"]
@@ -105,7 +115,7 @@ class SpanEncoder(nn.Module):
             spans=spans,
             words=single,
             scores=self.score(spans),
-            flow=self.flow["span"](spans).squeeze(-1),
+            flow=self.flow["span"](spans),
             backward=self.backward_score(spans).squeeze(-1),
             word_score=self.word_score(single).squeeze(-1),
             word_flow=self.flow["word"](single).squeeze(-1),

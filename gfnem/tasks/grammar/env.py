@@ -12,7 +12,7 @@ import torch
 from gfn.actions import Actions
 from gfn.env import DiscreteEnv
 from gfn.states import DiscreteStates, States
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from gfnem.tasks.grammar.potentials import Potentials
@@ -37,9 +37,7 @@ class Forest:
     time: the number of merges before the one that closed the gap.
     """
 
-    def __init__(
-        self, potentials: Potentials, samples: int, labelled: bool, messages: bool = True
-    ):
+    def __init__(self, potentials: Potentials, samples: int, labelled: bool, messages: bool = True):
         """messages: whether to keep them; policies that do not look at the grammar need none."""
         batch, length = potentials.log_scale.shape
         device = potentials.log_scale.device
@@ -268,7 +266,7 @@ class ForestEnv(DiscreteEnv):
         start, end = fields[..., 0], fields[..., 1]
         here = gap[..., None]
         touching_left = (start >= 0) & (end == here + 1)
-        touching_right = (start == here + 1)
+        touching_right = start == here + 1
         first = torch.where(touching_left, start, here).amin(-1)
         last = torch.where(touching_right, end, here + 2).amax(-1)
         return first, last

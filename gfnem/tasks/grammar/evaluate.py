@@ -68,19 +68,33 @@ class GrammarEvaluator:
         right_edge: share of their non-trivial spans that end at the sentence's right edge.
         distinct_exact_trees, right_exact_edge: the same two of the grammar's exact posterior.
 
+    Final evaluations on the test split add train/posterior_gap, the same on `train_sentences`
+    training sentences, evenly spaced: what q has not learned, apart from what it overfits.
+
     data: what to rate on.
     samples: draws of q for each sentence.
     iw_samples: draws for the bound in final evaluations; others use `samples`.
     batch_size: sentences at a time.
+    train_sentences: how many of the training sentences are rated.
+    select: what is minimised on the validation split: "likelihood" (nll_per_token, or the bound
+        for a model without an exact likelihood) or "posterior_gap", for a model that is not
+        trained.
     """
 
     def __init__(
-        self, data: GrammarData, samples: int = 16, iw_samples: int = 128, batch_size: int = 64
+        self,
+        data: GrammarData,
+        samples: int = 16,
+        iw_samples: int = 128,
+        batch_size: int = 64,
+        train_sentences: int = 256,
+        select: Literal["likelihood", "posterior_gap"] = "likelihood",
     ):
         for name, value, least in (
             ("samples", samples, 1),
             ("iw_samples", iw_samples, samples),
             ("batch_size", batch_size, 1),
+            ("train_sentences", train_sentences, 1),
         ):
             if value < least:
                 raise UserError(f"evaluator.{name} is {value}; it must be at least {least}")
@@ -88,9 +102,12 @@ class GrammarEvaluator:
         self.samples = samples
         self.iw_samples = iw_samples
         self.batch_size = batch_size
-        # What is minimised on the validation split: the bound once a model turns out to have no
-        # exact likelihood.
-        self.selection = "valid/nll_per_token"
+        if select not in ("likelihood", "posterior_gap"):
+            raise UserError(f"evaluator.select is {select!r}; use 'likelihood' or 'posterior_gap'")
+        self.train_sentences = train_sentences
+        self.select = select
+        # The likelihood's bound once a model turns out to have no exact likelihood.
+        self.selection = "valid/nll_per_token" if select == "likelihood" else "valid/posterior_gap"
         self._tested: Metrics = {}
 
     def __call__(
@@ -117,13 +134,30 @@ class GrammarEvaluator:
             metrics[f"sentence_f1{name}"] = total.sentence_f1
             metrics[f"corpus_f1{name}"] = total.corpus_f1
         metrics = {f"{split}/{name}": value for name, value in metrics.items()}
-        exact = f"{split}/nll_per_token" in metrics
-        self.selection = "valid/nll_per_token" if exact else "valid/iw_nll_per_token"
+        if self.select == "likelihood" and f"{split}/nll_per_token" not in metrics:
+            self.selection = "valid/iw_nll_per_token"
         if final:
             metrics |= self._baselines(corpus)
         if final and split == "test":
+            metrics |= self._train_gap(model, posterior)
             self._tested = metrics
         return metrics
+
+    def _train_gap(self, model: LatentVariableModel, posterior: Posterior) -> Metrics:
+        """The posterior gap on some of the training sentences, where it is exact."""
+        corpus = self.data.train
+        every = max(len(corpus) // self.train_sentences, 1)
+        chosen = corpus.lengths.argsort()[::every]
+        gaps = []
+        with _inference(model, posterior):
+            for indices in chosen.split(self.batch_size):
+                x = corpus.batch(indices.tolist()).to(_device(model))
+                log_likelihood = model.log_likelihood(x)
+                log_weights = posterior.sample(model, x, self.samples).log_weights
+                if log_likelihood is None or log_weights is None:
+                    return {}
+                gaps.append(log_likelihood - log_weights.mean(-1))
+        return {"train/posterior_gap": float(torch.cat(gaps).double().mean())}
 
     def _rate(
         self, model: LatentVariableModel, posterior: Posterior, x: Sentences, final: bool

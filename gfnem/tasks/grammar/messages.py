@@ -314,11 +314,6 @@ def inside_scores(
     return scores, root.view(words.shape[:2]) + potentials.total_log_scale[:, None]
 
 
-def _log(x: Tensor) -> Tensor:
-    """log x with gradient zero, not NaN, where x is zero."""
-    return torch.where(x > 0, _positive(x).log(), -torch.inf)
-
-
 def sample_labels(
     potentials: Potentials, trees: Trees, generator: torch.Generator | None = None
 ) -> Trees:

@@ -95,6 +95,7 @@ class NeuralPCFG(ParsingModel):
             ("nonterminals", nonterminals),
             ("preterminals", preterminals),
             ("width", width),
+            ("tries", tries),
         ):
             if value < 1:
                 raise UserError(f"model.{name} is {value}; it must be at least 1")
@@ -109,7 +110,10 @@ class NeuralPCFG(ParsingModel):
         self.nonterminal = nn.Parameter(torch.randn(nonterminals, width))
         self.preterminal = nn.Parameter(torch.randn(preterminals, width))
         self.root_rules = nn.Sequential(
-            nn.Linear(width, width), Residual(width), Residual(width), nn.Linear(width, nonterminals)
+            nn.Linear(width, width),
+            Residual(width),
+            Residual(width),
+            nn.Linear(width, nonterminals),
         )
         self.binary_rules = nn.Linear(width, symbols * symbols)
         self.emission_rules = nn.Sequential(
@@ -130,9 +134,7 @@ class NeuralPCFG(ParsingModel):
         )
 
     @torch.no_grad()
-    def sample(
-        self, n: int, generator: torch.Generator | None = None
-    ) -> tuple[Sentences, Trees]:
+    def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Sentences, Trees]:
         """At most n sentences of up to max_length words with their labelled trees.
 
         A draw that cannot fit any more is rejected at once and drawn again, `tries` times at most;

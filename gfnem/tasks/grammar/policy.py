@@ -139,10 +139,12 @@ class ForestPolicy(Policy):
             raise UserError(f"latent is {latent!r}; use 'shape' or 'labelled'")
         if backward not in ("uniform", "learned"):
             raise UserError(f"policy.backward is {backward!r}; use 'uniform' or 'learned'")
-        self.encoder = SpanEncoder(vocabulary, nonterminals, max_length, width, dropout)
         self.nonterminals = nonterminals
         self.latent = latent
         self.backward = backward
+        self.encoder = SpanEncoder(
+            vocabulary, nonterminals, self.symbols, max_length, width, dropout
+        )
         self.last_condition: ForestCondition | None = None
         self._envs: dict[tuple[int, str], ForestEnv] = {}
 
@@ -428,8 +430,13 @@ class ForestPolicy(Policy):
             torch.cat([word, start], 1), torch.cat([word + 1, end], 1), merges.time, rows.lengths
         )
         exists = torch.cat([word < rows.lengths[:, None], rows.exists.squeeze(1)], 1)
+        label = torch.zeros_like(start) if rows.labels is None else rows.labels.squeeze(1)
+        spans = encoding.index[start, end]
         flow = torch.cat(
-            [encoding.word_flow[sentence], encoding.flow[sentence[:, None], encoding.index[start, end]]],
+            [
+                encoding.word_flow[sentence],
+                encoding.flow[sentence[:, None], spans, label.clamp(min=0)],
+            ],
             1,
         )
         partial = torch.cat([condition.potentials.log_word[sentence], node_scores.flatten(0, 1)], 1)

@@ -139,9 +139,7 @@ class _RootFlowScores(ScoresAtOnce):
         # The exit is certain where it is open.
         logits = logit.gather(1, seen.flatten(1)).view(seen.shape)
         logits = torch.where(is_open, logits, -torch.inf)
-        logits = torch.cat(
-            [logits[..., :-1], torch.where(is_open[..., -1:], 0.0, -torch.inf)], -1
-        )
+        logits = torch.cat([logits[..., :-1], torch.where(is_open[..., -1:], 0.0, -torch.inf)], -1)
         chosen = logits.gather(-1, merges.gaps[..., None]).squeeze(-1)
         log_p = chosen - logits.logsumexp(-1)
         if forest.labelled:

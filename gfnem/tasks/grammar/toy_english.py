@@ -23,18 +23,17 @@ if TYPE_CHECKING:
 RULES: dict[str, list[tuple[float, tuple[str, ...]]]] = {
     "S": [(0.88, ("NP", "VP")), (0.12, ("PP", "S"))],
     "NP": [
-        (0.64, ("CORE",)),
+        (0.62, ("CORE",)),
         (0.15, ("CORE", "PP")),
         (0.13, ("CORE", "SBAR-REL")),
-        (0.08, ("CORE", "CC", "NP")),
+        (0.10, ("CORE", "CC", "NP")),
     ],
     "CORE": [
-        (0.25, ("NNP",)),
-        (0.26, ("NX",)),
-        (0.30, ("DT", "NX")),
-        (0.19, ("POSS", "NX")),
+        (0.50, ("NNP",)),
+        (0.22, ("DT", "NN")),
+        (0.14, ("JJ", "NNP")),
+        (0.14, ("POSS", "NN")),
     ],
-    "NX": [(0.75, ("NNS",)), (0.25, ("JJ", "NNS"))],
     "POSS": [(1.0, ("CORE", "POS"))],
     "PP": [(1.0, ("IN", "NP"))],
     "SBAR-REL": [(1.0, ("WP", "VP"))],
@@ -48,12 +47,11 @@ RULES: dict[str, list[tuple[float, tuple[str, ...]]]] = {
     ],
 }
 
-# Each part of speech with its words, all equally probable. The nouns are plurals, which stand
-# with and without determiners, and irregular ones, whose possessive ends in 's.
+# Each part of speech with its words, all equally probable.
 WORDS: dict[str, list[str]] = {
-    "DT": ["the", "these", "some", "many"],
+    "DT": ["the", "a", "every", "this"],
     "JJ": ["old", "young", "small", "happy", "clever", "tired"],
-    "NNS": ["men", "women", "children", "people", "mice", "geese", "sheep", "oxen"],
+    "NN": ["king", "queen", "dog", "cat", "farmer", "doctor"],
     "NNP": ["anna", "boris", "clara", "david", "emma", "felix"],
     "VBD": ["chased", "saw", "helped", "admired", "followed", "greeted"],
     "VBD-INT": ["slept", "laughed", "waited", "danced", "vanished", "returned"],
@@ -66,7 +64,7 @@ WORDS: dict[str, list[str]] = {
     "POS": ["'s"],
 }
 
-SHOWN_AS = {"CORE": "NP", "NX": "NP", "POSS": "NP"}
+SHOWN_AS = {"CORE": "NP", "POSS": "NP"}
 
 TRIES_PER_SENTENCE = 50
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from gfnem.tasks.grammar.data import (
     toy_english,
     treebank,
 )
+from gfnem.tasks.grammar.toy_english import RULES, WORDS
 
 # Two trees over several lines, the first with a trace under an empty constituent, quotes,
 # brackets, a currency sign and a unary chain.
@@ -205,6 +207,32 @@ def test_toy_english_trees_belong_to_their_sentences(toy: GrammarData):
         assert (0, len(sentence)) in spans
         # A tree's brackets never cross.
         assert not any(a < c < b < d for a, b in spans for c, d in spans)
+
+
+def test_the_toy_grammar_is_a_grammar():
+    for expansions in RULES.values():
+        assert sum(probability for probability, _ in expansions) == pytest.approx(1)
+        assert all(symbol in RULES | WORDS for _, right in expansions for symbol in right)
+    words = [word for some in WORDS.values() for word in some]
+    assert len(words) == len(set(words)), "a word has two parts of speech"
+
+
+def test_toy_english_branches_to_neither_side():
+    test = toy_english(train_sentences=1, valid_sentences=1, test_sentences=400).test
+    trees = test.gold
+    assert trees is not None
+
+    def f1(branching: Callable[[int], set[tuple[int, int]]]) -> float:
+        scores = []
+        for gold, length in zip(trees, test.lengths.tolist(), strict=True):
+            inner = gold - {(0, length)}
+            found = branching(length) - {(0, length)}
+            total = len(inner) + len(found)
+            scores.append(200 * len(inner & found) / total if total else 100)
+        return sum(scores) / len(scores)
+
+    assert 40 < f1(lambda length: {(start, length) for start in range(length - 1)}) < 60
+    assert f1(lambda length: {(0, end) for end in range(2, length + 1)}) < 40
 
 
 def test_raw_text_has_no_gold_trees(tmp_path: Path):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 from math import comb
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def debug_env(length: int, symbols: int = 1) -> ForestEnv:
     return env
 
 
-def forest_states(env: ForestEnv, length: int, *merged: dict[int, tuple[int, ...]]):
+def forest_states(env: ForestEnv, length: int, *merged: dict[int, tuple[int, ...]]) -> Any:
     """States of a sentence of `length` words from the nodes in some of their gaps."""
     tensor = env.s0.repeat(len(merged), 1).view(len(merged), env.gaps, 3)
     for row, nodes in enumerate(merged):
@@ -79,9 +80,7 @@ def test_every_tree_is_reached_and_nothing_else(length, symbols):
         assert trees == set(oracle.labelled_trees(length, symbols))
     final = graph.states(length - 1)
     assert (final.forward_masks.sum(-1) == 1).all() and final.forward_masks[:, -1].all()
-    assert not any(
-        graph.states(level).forward_masks[:, -1].any() for level in range(length - 1)
-    )
+    assert not any(graph.states(level).forward_masks[:, -1].any() for level in range(length - 1))
 
 
 @pytest.mark.parametrize("symbols", [1, 3])
@@ -149,8 +148,8 @@ def test_masks_and_steps_of_hand_worked_labelled_forests():
 
 def test_sentences_without_conditions_are_as_long_as_the_environment():
     env = debug_env(4)
-    masks = env.States(env.s0[None]).forward_masks
-    assert masks.int().tolist() == [[1, 1, 1, 0]]
+    states: Any = env.States(env.s0[None])
+    assert states.forward_masks.int().tolist() == [[1, 1, 1, 0]]
 
 
 def test_parents_time_of_a_hand_worked_forest():
@@ -164,9 +163,7 @@ def test_parents_time_of_a_hand_worked_forest():
     assert parents_time(*whole, torch.tensor([[1, 0, 3, 2]]), torch.tensor([5])).item() == LATER
 
 
-def span_score(
-    grammar: Grammar, words: list[int], label: int, tree: oracle.Shape | oracle.LabelledTree
-) -> float:
+def span_score(grammar: Grammar, words: list[int], label: int, tree: Any) -> float:
     """p(words, tree below | label), by enumeration; a labelled tree has all labels but the top."""
     root = torch.full_like(grammar.root, -torch.inf)
     root[label] = 0
@@ -244,7 +241,7 @@ def test_a_forest_without_messages_merges_the_same():
 
 def test_what_an_environment_alone_cannot_do():
     env = debug_env(4)
-    states = env.States(env.s0[None])
+    states: Any = env.States(env.s0[None])
     with pytest.raises(ValueError, match="it travels with the trajectories"):
         env.log_reward(states)
     with pytest.raises(ValueError, match="cannot be drawn without a policy; roll one out instead"):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import inf
+from typing import Any
 
 import pytest
 import torch
@@ -37,9 +39,7 @@ def with_gradients(grammar: Grammar) -> list[Tensor]:
 def random_labels(trees: Trees, nonterminals: int, seed: int = 0) -> Trees:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(nonterminals, trees.start.shape, generator=generator)
-    return Trees(
-        trees.start, trees.end, trees.lengths, torch.where(trees.exists, labels, -1)
-    )
+    return Trees(trees.start, trees.end, trees.lengths, torch.where(trees.exists, labels, -1))
 
 
 def naive_log_joint(grammar: Grammar, words: list[int], shape: oracle.Shape) -> Tensor:
@@ -227,7 +227,7 @@ def test_sampled_labels_are_possible_and_repeat_with_their_generator():
     assert not torch.equal(first.labels, other.labels)
 
 
-def below(tree: oracle.Shape | oracle.LabelledTree, start: int, end: int):
+def below(tree: Iterable[tuple[int, ...]], start: int, end: int) -> Any:
     """The part of a tree under one of its nodes, counted from the node's first word."""
     return frozenset(
         (i - start, j - start, *label) for i, j, *label in tree if start <= i and j <= end

