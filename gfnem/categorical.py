@@ -23,6 +23,6 @@ def sample_categorical(
     uniform = torch.rand(
         total.shape, generator=generator, dtype=weights.dtype, device=weights.device
     )
-    # The largest number below 1 is rounded to 1 in some products: stay below the total.
-    threshold = uniform * total * (1 - 2 * torch.finfo(weights.dtype).eps)
+    # A product may be rounded up to the total, a subnormal one easily: stay below it.
+    threshold = torch.minimum(uniform * total, total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)

@@ -175,7 +175,7 @@ def _resume(directory: Path, overrides: list[str], print_config: bool) -> int:
     built = build(config)
     em = built.em
     em.load_state_dict(state)
-    if em._finished and _is_complete(stored):
+    if em.finished and _is_complete(stored):
         print(
             f"{directory} is finished, with {em.m_steps} M-steps and {em.e_steps} E-steps: "
             "raise em.m_steps (or what else ended it) to go on"
@@ -197,7 +197,7 @@ def _fit(built: Built, run: Run, overrides: Sequence[str] = ()) -> int:
     except KeyboardInterrupt:
         print(f"interrupted; go on from the last checkpoint with: {again}")
         return INTERRUPTED
-    if em._stop:
+    if em.stopped:
         done = f"{em.m_steps} of {em.total_m_steps} M-steps and {em.e_steps} E-steps"
         print(f"stopped after {done}; go on with: {again}")
         return INTERRUPTED

@@ -154,7 +154,6 @@ class EM:
         data: Data,
         m_steps: int,
         max_e_steps: int | None = None,
-        max_seconds: float | None = None,
         schedule: Schedule | None = None,
         model_optimizer: OptimizerFactory = MODEL_OPTIMIZER,
         posterior_optimizer: OptimizerFactory = POSTERIOR_OPTIMIZER,
@@ -164,6 +163,7 @@ class EM:
         evaluator: Evaluator | None = None,
         evaluate_every: int = 100,
         log_every: int = 20,
+        max_seconds: float | None = None,
         run: Run | None = None,
         seed: int | None = None,
         device: str | torch.device = "cpu",
@@ -219,7 +219,7 @@ class EM:
         self.best_m_steps = 0
         self.latest: Metrics = {}
         self._sums: dict[str, list[float]] = {}
-        self._stop = False
+        self.stopped = False
 
     def fit(self) -> Metrics:
         """Train to the end, or until interrupted; returns the summary.
@@ -228,12 +228,12 @@ class EM:
         second one at once. Raises Diverged, with the last good checkpoint kept.
         """
         status = "failed"
-        self._stop = False
+        self.stopped = False
         try:
             with self._interruptible():
                 self._train()
             summary = self._conclude()
-            status = "stopped" if self._stop else "finished"
+            status = "stopped" if self.stopped else "finished"
             return summary
         except KeyboardInterrupt:
             status = "stopped"
@@ -245,7 +245,8 @@ class EM:
     def _train(self) -> None:
         began = time.monotonic() - self.seconds
         if self.run is not None:
-            self.run.progress.start(self.total_m_steps, self.m_steps)
+            unit, done, total = self._progress
+            self.run.progress.start(total, done, unit)
         for x in self._batches():
             x = x.to(self.device)
             estep = self._e_step(x) if self._e_step_due() else None
@@ -260,10 +261,10 @@ class EM:
                 self._log()
             if (m_step_due or self._frozen) and self._steps % self.evaluate_every == 0:
                 self._evaluate()
-            if self._stop or self._finished:
+            if self.stopped or self.finished:
                 break
         self.seconds = time.monotonic() - began
-        if self._stop:
+        if self.stopped:
             self._save(best=False)
         elif self.evaluated != self._steps:
             self._evaluate()
@@ -279,7 +280,18 @@ class EM:
         return self.e_steps if self._frozen else self.m_steps
 
     @property
-    def _finished(self) -> bool:
+    def _progress(self) -> tuple[str, int, int]:
+        """What is counted towards the end of the run, how much is done and how much there is."""
+        if not self._frozen:
+            return "m-step", self.m_steps, self.total_m_steps
+        if self.max_e_steps is not None:
+            return "e-step", self.e_steps, self.max_e_steps
+        assert self.max_seconds is not None
+        return "second", int(self.seconds), math.ceil(self.max_seconds)
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to train."""
         return (
             (self.max_e_steps is not None and self.e_steps >= self.max_e_steps)
             or (self.max_seconds is not None and self.seconds >= self.max_seconds)
@@ -287,7 +299,7 @@ class EM:
         )
 
     def _batches(self) -> Iterator[Any]:
-        if self._finished:
+        if self.finished:
             return
         while True:
             batches = self.data.train_batches(self.epoch)
@@ -353,7 +365,7 @@ class EM:
             return
         counters = {"train/m_steps": self.m_steps, "train/e_steps": self.e_steps}
         self.run.log({**metrics, "time/seconds": self.seconds}, counters)
-        self.run.progress.update(self.m_steps, metrics)
+        self.run.progress.update(self._progress[1], metrics)
 
     def _evaluate(self) -> None:
         best = True
@@ -394,7 +406,7 @@ class EM:
             "time/seconds": self.seconds,
             **self.latest,
         }
-        if self.evaluator is not None and not self._stop:
+        if self.evaluator is not None and not self.stopped:
             if self.run is not None:
                 state = self.run.load_checkpoint("best")
                 self.model.load_state_dict(state["model"])
@@ -462,7 +474,7 @@ class EM:
                 signal.signal(number, handler)
 
         def stop(number: int, frame: Any) -> None:
-            self._stop = True
+            self.stopped = True
             restore()
 
         try:

@@ -19,7 +19,7 @@ from gfn.gflownet import (
     SubTBGFlowNet,
     TBGFlowNet,
 )
-from gfn.gflownet.base import loss_reduce
+from gfn.gflownet.base import TrajectoryBasedGFlowNet, loss_reduce
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -46,7 +46,7 @@ class ScoredTrajectories(Trajectories):
         self.flows = flows
 
 
-class _Scored(PFBasedGFlowNet):
+class _Scored(TrajectoryBasedGFlowNet):
     """Takes log P_F and log P_B from the trajectories."""
 
     def get_pfs_and_pbs(
@@ -120,8 +120,8 @@ class SubTrajectoryBalance(_Scored, SubTBGFlowNet):
 
 def _flows_travel_with_trajectories() -> ScalarEstimator:
     """Stands where torchgfn asks for a flow estimator; nothing ever calls it."""
-    module = nn.Identity()
-    module.input_dim = 1  # pyright: ignore[reportAttributeAccessIssue]
+    module: Any = nn.Identity()
+    module.input_dim = 1
     return ScalarEstimator(module)
 
 

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import cycle
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -49,6 +49,7 @@ LENGTHS = [39, 41, 39, 43, 45, 66, 68, 90, 93, 118, 133, 129, 148, 149, 158, 163
 TARGET = 5.45
 
 Row = dict[str, Any]
+Precision = Literal["float32", "bfloat16"]
 
 
 def batches(size: int) -> Iterator[Sentences]:
@@ -119,7 +120,7 @@ def recipe(repeats: int) -> list[Row]:
     return [{"what": "default recipe", **iteration(model, posterior, 32, repeats)}]
 
 
-def published(width: int, layers: int, bfloat16: bool, repeats: int) -> list[Row]:
+def published(width: int, layers: int, precision: Precision, repeats: int) -> list[Row]:
     """32 sentences, one labelled tree each: SubTB(1) with a transformer over all roots."""
     torch.manual_seed(0)
     model = NeuralPCFG(VOCABULARY, NONTERMINALS, PRETERMINALS, max_length=LENGTH, latent="labelled")
@@ -130,7 +131,7 @@ def published(width: int, layers: int, bfloat16: bool, repeats: int) -> list[Row
         "labelled",
         width=width,
         layers=layers,
-        bfloat16=bfloat16,
+        precision=precision,
     )
     posterior = GFlowNetPosterior(
         policy,
@@ -139,17 +140,16 @@ def published(width: int, layers: int, bfloat16: bool, repeats: int) -> list[Row
         sleep=1.0,
         refinement=BackAndForth(steps=10),
     )
-    precision = "bfloat16" if bfloat16 else "float32"
     name = f"published, {width} x {layers}, {precision}"
     return [{"what": name, **iteration(model, posterior, 32, repeats)}]
 
 
 def small(repeats: int) -> list[Row]:
-    return published(128, 2, False, repeats) + published(128, 2, True, repeats)
+    return published(128, 2, "float32", repeats) + published(128, 2, "bfloat16", repeats)
 
 
 def large(repeats: int) -> list[Row]:
-    return published(512, 6, True, max(repeats // 2, 3))
+    return published(512, 6, "bfloat16", max(repeats // 2, 3))
 
 
 def inside_algorithm(repeats: int) -> list[Row]:
@@ -183,7 +183,7 @@ def inside_algorithm(repeats: int) -> list[Row]:
 def _torch_struct(grammar: Any, words: torch.Tensor) -> Row:
     """The same by torch-struct, where it is installed; a few repeats only, it is slow."""
     try:
-        from torch_struct import SentCFG
+        from torch_struct import SentCFG  # pyright: ignore[reportMissingImports]
     except ImportError:
         return {}
     lengths = torch.full((len(words),), words.shape[1])
@@ -253,7 +253,7 @@ class _Reach:
         self.spent += time.perf_counter() - began
         return {self.selection: nats / words}
 
-    def report(self, *_: Any) -> None:
+    def report(self, model: Any, posterior: Any, run: Any) -> None:
         """Nothing to report: figures are this script's."""
 
 
@@ -287,8 +287,7 @@ def main() -> None:
         command += ["--repeats", str(options.repeats), "--threads", str(options.threads)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         rows += json.loads(done.stdout.splitlines()[-1])
-        for row in rows[-1:] if len(rows) else []:
-            print(f"{section}: done ({row['what']})", file=sys.stderr)
+        print(f"{section}: done", file=sys.stderr)
     about = {
         "torch": torch.__version__,
         "threads": options.threads,

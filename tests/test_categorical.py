@@ -28,10 +28,19 @@ def test_weight_zero_is_never_drawn_at_the_ends_of_the_unit_interval(dtype, monk
     below_one = 1 - torch.finfo(dtype).eps / 2
     assert below_one < 1
     weights = torch.tensor(
-        [[0.0, 0.0, 1.0, 2.0, 0.0], [0.0, 0.3, 0.1, 0.7, 0.0], [0.0, 1e-6, 1e6, 1e-6, 0.0]],
+        [
+            [0.0, 0.0, 1.0, 2.0, 0.0],
+            [0.0, 0.3, 0.1, 0.7, 0.0],
+            [0.0, 1e-6, 1e6, 1e-6, 0.0],
+            [0.0, 1.0, 0.0, 1.0, 0.0],
+        ],
         dtype=dtype,
     )
-    for uniform, allowed in ((0.0, ([2], [1], [1])), (below_one, ([3], [3], [2, 3]))):
+    weights[3] *= torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the least there is
+    assert weights[3, 1] > 0
+    first, last = ([2], [1], [1], [1]), ([3], [3], [2, 3], [1, 3])
+    # Rounding may turn what is below 1 into 1.
+    for uniform, allowed in ((0.0, first), (below_one, last), (1.0, last)):
 
         def ends(shape, uniform=uniform, **options):
             return torch.full(shape, uniform, dtype=options["dtype"])

@@ -168,7 +168,9 @@ class GFlowNetPosterior(Posterior):
         condition = self.policy.condition(model, x)
         paths = self.policy.sample(condition, self.samples, self.behaviour)
         trajectories = self.policy.trajectories(condition, paths)
-        loss = self.objective.loss(
+        # torchgfn's base class does not declare what all its objectives take.
+        objective: Any = self.objective
+        loss = objective.loss(
             trajectories.env,
             trajectories,
             recalculate_all_logprobs=False,

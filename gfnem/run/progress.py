@@ -41,10 +41,12 @@ class Progress:
         self._latest: dict[str, float] = {}
         self._total = self._done = self._done_before = 0
         self._began = 0.0
+        self._unit = ""
 
-    def start(self, total: int, done: int = 0) -> None:
-        """Begin to count, at `done` of `total` M-steps."""
+    def start(self, total: int, done: int = 0, unit: str = "m-step") -> None:
+        """Begin to count, at `done` of `total` M-steps, or of another unit."""
         self.stop()
+        self._unit = unit
         self._total, self._done, self._done_before = total, done, done
         self._began = time.monotonic()
         if self._output.isatty():
@@ -56,7 +58,7 @@ class Progress:
             self._live.start()
 
     def update(self, done: int, metrics: Mapping[str, float] | None = None) -> None:
-        """Say that `done` M-steps are done.
+        """Say that `done` M-steps, or whatever is counted, are done.
 
         Args:
             done: counted from the beginning of the run.
@@ -104,7 +106,7 @@ class Progress:
 
     @property
     def _count(self) -> str:
-        return f"m-step {self._done}/{self._total}"
+        return f"{self._unit} {self._done}/{self._total}"
 
     @property
     def _values(self) -> list[str]:

@@ -98,3 +98,10 @@ def test_terminal_is_given_back_after_an_error(monkeypatch: pytest.MonkeyPatch) 
         assert hide in output.getvalue() and show not in output.getvalue()
         raise KeyError
     assert show in output.getvalue()
+
+
+def test_counts_other_things(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress()
+    progress.start(total=300, unit="second")
+    progress.update(12, {"train/e_loss": 1.0})
+    assert capsys.readouterr().out.startswith("second 12/300  e_loss 1.00  ")

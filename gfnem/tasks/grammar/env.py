@@ -6,7 +6,7 @@ same state space as a torchgfn environment.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from gfn.actions import Actions
@@ -206,7 +206,6 @@ class ForestEnv(DiscreteEnv):
             s0 = env.s0
             sf = env.sf
             n_actions = env.n_actions
-            device = env.device
 
             def spans(self) -> tuple[Tensor, Tensor, Tensor]:
                 """Start, end and label of the node in each gap, [*batch, gaps]."""
@@ -249,13 +248,14 @@ class ForestEnv(DiscreteEnv):
         new = torch.stack([start, end, label], -1)
         fields.scatter_(-2, gap[..., None, None].expand(*gap.shape, 1, 3), new[..., None, :])
         # Without conditions: torchgfn attaches them and would warn at every step otherwise.
-        return self.States(fields.flatten(-2))
+        return cast(DiscreteStates, self.States(fields.flatten(-2)))
 
     def backward_step(self, states: DiscreteStates, actions: Actions) -> DiscreteStates:
         gap, _ = self._decode(actions)
         fields = states.tensor.unflatten(-1, (self.gaps, 3)).clone()
         fields.scatter_(-2, gap[..., None, None].expand(*gap.shape, 1, 3), -1)
-        return self.States(fields.flatten(-2), conditions=states.conditions)
+        before = self.States(fields.flatten(-2), conditions=states.conditions)
+        return cast(DiscreteStates, before)
 
     def _decode(self, actions: Actions) -> tuple[Tensor, Tensor]:
         action = actions.tensor.squeeze(-1)

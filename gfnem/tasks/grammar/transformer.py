@@ -34,7 +34,7 @@ class TransformerPolicy(ForestPolicy):
     vocabulary, nonterminals, max_length, latent, backward: as for every `ForestPolicy`.
     width, layers, heads: of the transformer.
     encoder_width: of the encoder that gives log Z(x), state flows and a learned P_B.
-    bfloat16: run the transformer in bfloat16 autocast; log-probabilities stay in float32.
+    precision: "bfloat16" runs the transformer in autocast; log-probabilities stay in float32.
     """
 
     def __init__(
@@ -48,12 +48,14 @@ class TransformerPolicy(ForestPolicy):
         layers: int = 2,
         heads: int = 4,
         encoder_width: int = 128,
-        bfloat16: bool = False,
+        precision: Literal["float32", "bfloat16"] = "float32",
     ):
         super().__init__(vocabulary, nonterminals, max_length, latent, backward, encoder_width)
         if width % heads:
             raise UserError(f"policy.width={width} is not divisible by policy.heads={heads}")
-        self.bfloat16 = bfloat16
+        if precision not in ("float32", "bfloat16"):
+            raise UserError(f"policy.precision is {precision!r}; use 'float32' or 'bfloat16'")
+        self.precision = precision
         self.word = nn.Embedding(vocabulary, width)
         self.label = nn.Embedding(self.symbols, width)
         self.position = nn.Embedding(max_length, width)
@@ -79,7 +81,9 @@ class TransformerPolicy(ForestPolicy):
 
     def autocast(self, enabled: bool) -> torch.autocast:
         device = self.word.weight.device.type
-        return torch.autocast(device, torch.bfloat16, enabled=enabled and self.bfloat16)
+        return torch.autocast(
+            device, torch.bfloat16, enabled=enabled and self.precision == "bfloat16"
+        )
 
     def _roll(self, *args, **options) -> Paths:
         # Weights are cast once for a rollout, as autocast keeps them until the outer context

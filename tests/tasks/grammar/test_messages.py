@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from math import inf
 from typing import Any
 
@@ -173,23 +174,37 @@ def test_labelled_gradients_are_rule_counts():
 def test_words_and_rules_of_probability_zero(seed, dtype):
     grammar = sparse_grammar(seed)
     rules = [rule.detach().to(dtype).requires_grad_() for rule in with_gradients(grammar)]
-    potentials = Potentials.of(Grammar(*rules), SPARSE_WORDS, SPARSE_LENGTHS)
     shapes = every_shape(SPARSE_LENGTHS)
     for trees, log_joint in (
         (shapes, log_joint_shape),
         (random_labels(shapes, 3, seed), log_joint_labelled),
     ):
+        potentials = Potentials.of(Grammar(*rules), SPARSE_WORDS, SPARSE_LENGTHS)
         value = log_joint(potentials, trees)
         expected = expected_values(grammar, SPARSE_WORDS, trees)
         assert (expected[1] == -inf).all() and (expected == -inf).any()
         torch.testing.assert_close(value.double(), expected, rtol=0, atol=1e-4)
         gradients = torch.autograd.grad(value.sum(), rules, retain_graph=True)
         assert all(gradient.isfinite().all() for gradient in gradients)
-        impossible = torch.autograd.grad(value[1].sum(), rules, retain_graph=True)
+        impossible = torch.autograd.grad(value[expected == -inf].sum(), rules)
         if log_joint is log_joint_shape:
             assert all((gradient == 0).all() for gradient in impossible)
-    scores, _ = inside_scores(potentials, shapes)
-    assert not scores.isnan().any()
+        scores, log_joint_again = inside_scores(potentials, trees)
+        assert not scores.isnan().any()
+        torch.testing.assert_close(log_joint_again, value.detach())
+
+
+def test_shapes_of_probability_zero_have_no_gradient_in_the_potentials():
+    given = Potentials.of(sparse_grammar(7), SPARSE_WORDS, SPARSE_LENGTHS)
+    names = ("root", "rules", "left", "right", "both")
+    tables = [getattr(given, name).clone().requires_grad_() for name in names]
+    potentials = replace(given, **dict(zip(names, tables, strict=True)))
+    value = log_joint_shape(potentials, every_shape(SPARSE_LENGTHS))
+    possible = value > -inf
+    assert possible[2].any() and not possible[2].all()
+    for gradient in torch.autograd.grad(value[~possible].sum(), tables, retain_graph=True):
+        assert (gradient == 0).all()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(value.sum(), tables))
 
 
 def test_sampled_labels_have_their_exact_probabilities():
