@@ -116,7 +116,7 @@ def recipe(repeats: int) -> list[Row]:
     """32 sentences, 4 shapes each: VarGrad with the root-flow policy."""
     torch.manual_seed(0)
     model = NeuralPCFG(VOCABULARY, NONTERMINALS, PRETERMINALS, max_length=LENGTH)
-    posterior = GFlowNetPosterior(RootFlowPolicy(VOCABULARY, NONTERMINALS, LENGTH), samples=4)
+    posterior = GFlowNetPosterior(RootFlowPolicy(NONTERMINALS, PRETERMINALS, LENGTH))
     return [{"what": "default recipe", **iteration(model, posterior, 32, repeats)}]
 
 
@@ -127,6 +127,7 @@ def published(width: int, layers: int, precision: Precision, repeats: int) -> li
     policy = TransformerPolicy(
         VOCABULARY,
         NONTERMINALS,
+        PRETERMINALS,
         LENGTH,
         "labelled",
         width=width,
@@ -211,7 +212,7 @@ def target(repeats: int) -> list[Row]:
         if name == "exact":
             posterior = ExactPosterior()
         else:
-            posterior = GFlowNetPosterior(RootFlowPolicy(words, NONTERMINALS, LENGTH))
+            posterior = GFlowNetPosterior(RootFlowPolicy(NONTERMINALS, PRETERMINALS, LENGTH))
         reach = _Reach(data)
         em = EM(
             model,

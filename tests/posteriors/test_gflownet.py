@@ -202,9 +202,9 @@ def test_sleep_loss_is_minus_log_forward_of_the_model_s_draws():
 
 
 def test_sleep_is_left_out_when_no_draw_fits():
-    model = NeuralPCFG(VOCABULARY, 2, 2, width=4, max_length=5)
+    model = NeuralPCFG(VOCABULARY, 2, 3, width=4, max_length=5)
     with torch.no_grad():
-        bias = model.binary_rules.bias.view(4, 4)
+        bias = model.binary_rules.bias.view(5, 5)
         bias.zero_()
         bias[:2, :2] = 30.0  # two nonterminals below every nonterminal
     _, posterior, x = setting("shape", sleep=1.0, sleep_samples=3)

@@ -48,21 +48,24 @@ def zero_linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 class SpanEncoder(nn.Module):
-    """Word embeddings, a bidirectional GRU, and a small network on differences of its states.
+    """A bidirectional GRU over words, and a small network on differences of its states.
 
-    A span is the difference of the states at its two boundaries, forward and backward.
+    A word enters as its probabilities under the grammar's preterminals, which is all that the
+    posterior over trees depends on; words that the grammar takes for alike are alike, and rare
+    ones need nothing learned of them. A span is the difference of the states at its two
+    boundaries, forward and backward.
 
-    vocabulary: number of word ids.
+    preterminals: of the grammar.
     labels: scores for each span.
     symbols: labels that a root may have; 1 where roots have none.
     max_length: the longest sentence in words.
-    width: of the embeddings, of each direction of the GRU and of the hidden layers.
+    width: of the words' embeddings, of each direction of the GRU and of the hidden layers.
     dropout: of word embeddings and hidden units, in training.
     """
 
     def __init__(
         self,
-        vocabulary: int,
+        preterminals: int,
         labels: int,
         symbols: int,
         max_length: int,
@@ -70,7 +73,9 @@ class SpanEncoder(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        self.embedding = nn.Embedding(vocabulary, width)
+        self.embedding = nn.Linear(preterminals, width)
+        # Probabilities over many preterminals are small; this gives the layer's input unit scale.
+        self.scale = preterminals**0.5
         self.recurrent = nn.GRU(width, width, batch_first=True, bidirectional=True)
         self.boundary = nn.Linear(2 * width, width)
         self.length_embedding = nn.Embedding(max_length + 1, width)
@@ -84,10 +89,12 @@ class SpanEncoder(nn.Module):
         )
 
     def states(
-        self, words: Int[Tensor, "batch length"], lengths: Int[Tensor, "batch"]
+        self,
+        words: Float[Tensor, "batch length preterminals"],
+        lengths: Int[Tensor, "batch"],
     ) -> Float[Tensor, "batch ends features"]:
         """A vector for each boundary, such that a span is the difference of two of them."""
-        embedded = self.dropout(self.embedding(words))
+        embedded = self.dropout(self.embedding(self.scale * words))
         packed = pack_padded_sequence(
             embedded, lengths.cpu(), batch_first=True, enforce_sorted=False
         )
@@ -99,7 +106,9 @@ class SpanEncoder(nn.Module):
         return torch.cat([torch.cat([none, forward], 1), torch.cat([-backward, none], 1)], -1)
 
     def forward(
-        self, words: Int[Tensor, "batch length"], lengths: Int[Tensor, "batch"]
+        self,
+        words: Float[Tensor, "batch length preterminals"],
+        lengths: Int[Tensor, "batch"],
     ) -> SpanEncoding:
         length = words.shape[1]
         boundary = self.states(words, lengths) @ self.boundary.weight.t()

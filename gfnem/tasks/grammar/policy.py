@@ -58,7 +58,15 @@ class ForestCondition:
                 potentials,
                 **{
                     name: getattr(potentials, name)[rows]
-                    for name in ("left", "right", "both", "log_scale", "log_word", "lengths")
+                    for name in (
+                        "left",
+                        "right",
+                        "both",
+                        "log_scale",
+                        "log_word",
+                        "preterminal",
+                        "lengths",
+                    )
                 },
             ),
             lambda: self.encoding.select(rows),
@@ -118,7 +126,7 @@ class ForestPolicy(Policy):
     latent: "shape" for unlabelled trees, whose actions are gaps, or "labelled" for trees with
         nonterminals, whose actions are pairs of gap and nonterminal.
     backward: P_B; "uniform" over merge orders, in closed form, or "learned".
-    vocabulary, nonterminals: of the grammar.
+    nonterminals, preterminals: of the grammar.
     max_length: the longest sentence in words.
     width: of the encoder's layers.
     dropout: in the encoder, in training.
@@ -126,8 +134,8 @@ class ForestPolicy(Policy):
 
     def __init__(
         self,
-        vocabulary: int,
         nonterminals: int,
+        preterminals: int,
         max_length: int,
         latent: Latent = "shape",
         backward: Literal["uniform", "learned"] = "uniform",
@@ -143,7 +151,7 @@ class ForestPolicy(Policy):
         self.latent = latent
         self.backward = backward
         self.encoder = SpanEncoder(
-            vocabulary, nonterminals, self.symbols, max_length, width, dropout
+            preterminals, nonterminals, self.symbols, max_length, width, dropout
         )
         self.last_condition: ForestCondition | None = None
         self._envs: dict[tuple[int, str], ForestEnv] = {}
@@ -172,7 +180,7 @@ class ForestPolicy(Policy):
         def encode() -> SpanEncoding:
             # Whoever asks first, sampling without gradients perhaps, asks for all.
             with torch.set_grad_enabled(gradients):
-                return self.encoder(x.words, x.lengths)
+                return self.encoder(potentials.preterminal, x.lengths)
 
         self.last_condition = ForestCondition(x, potentials, encode)
         return self.last_condition

@@ -47,6 +47,8 @@ class Potentials:
     both: sum over T and U of p(A -> T U) p(T -> w_i) p(U -> w_i+1).
     log_scale: every p(T -> w_i) above is divided by exp(log_scale[i]), their maximum over T.
     log_word: log of the mean over T of p(T -> w_i).
+    preterminal: p(T -> w_i) divided by its sum over T. With the rules it is all that the posterior
+        over trees depends on, so it says of a word what there is to know, a rare one's too.
     lengths: words of each sentence; entries behind the sentence are meaningless.
     """
 
@@ -57,6 +59,7 @@ class Potentials:
     both: Float[Tensor, "batch gaps nonterminals"]
     log_scale: Float[Tensor, "batch length"]
     log_word: Float[Tensor, "batch length"]
+    preterminal: Float[Tensor, "batch length preterminals"]
     lengths: Int[Tensor, "batch"]
 
     @staticmethod
@@ -75,6 +78,7 @@ class Potentials:
         pair = emission[:, :-1] @ probability[:, nt:, nt:].permute(1, 0, 2).reshape(pt, nt * pt)
         both = pair.unflatten(-1, (nt, pt)) @ emission[:, 1:, :, None]
         mean = emission.mean(-1)
+        tiny = torch.finfo(mean.dtype).tiny
         return Potentials(
             root=grammar.root.exp(),
             rules=probability[:, :nt, :nt],
@@ -82,7 +86,8 @@ class Potentials:
             right=right.unflatten(-1, (nt, nt)),
             both=both.squeeze(-1),
             log_scale=log_scale,
-            log_word=mean.clamp(min=torch.finfo(mean.dtype).tiny).log() + log_scale,
+            log_word=mean.clamp(min=tiny).log() + log_scale,
+            preterminal=emission / (emission.sum(-1, keepdim=True) + tiny),
             lengths=lengths,
         )
 

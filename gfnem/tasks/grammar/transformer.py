@@ -31,7 +31,8 @@ CHUNKS = 4
 class TransformerPolicy(ForestPolicy):
     """See the module's description.
 
-    vocabulary, nonterminals, max_length, latent, backward: as for every `ForestPolicy`.
+    vocabulary: number of word ids.
+    nonterminals, preterminals, max_length, latent, backward: as for every `ForestPolicy`.
     width, layers, heads: of the transformer.
     encoder_width: of the encoder that gives log Z(x), state flows and a learned P_B.
     precision: "bfloat16" runs the transformer in autocast; log-probabilities stay in float32.
@@ -41,6 +42,7 @@ class TransformerPolicy(ForestPolicy):
         self,
         vocabulary: int,
         nonterminals: int,
+        preterminals: int,
         max_length: int,
         latent: Latent = "shape",
         backward: Literal["uniform", "learned"] = "uniform",
@@ -50,7 +52,7 @@ class TransformerPolicy(ForestPolicy):
         encoder_width: int = 128,
         precision: Literal["float32", "bfloat16"] = "float32",
     ):
-        super().__init__(vocabulary, nonterminals, max_length, latent, backward, encoder_width)
+        super().__init__(nonterminals, preterminals, max_length, latent, backward, encoder_width)
         if width % heads:
             raise UserError(f"policy.width={width} is not divisible by policy.heads={heads}")
         if precision not in ("float32", "bfloat16"):

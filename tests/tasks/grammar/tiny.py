@@ -36,6 +36,7 @@ POLICIES: dict[str, type[ForestPolicy]] = {
 LATENTS: tuple[Latent, ...] = ("shape", "labelled")
 BACKWARDS = ("uniform", "learned")
 VOCABULARY = 8
+PRETERMINALS = 3
 MAX_LENGTH = 8
 
 
@@ -107,10 +108,16 @@ def make_policy(
     torch.manual_seed(seed)
     if kind == "transformer":
         options = {"width": 8, "heads": 2, "layers": 1, "encoder_width": 8, **options}
+        options["vocabulary"] = VOCABULARY
     else:
         options = {"width": 8, **options}
     policy = POLICIES[kind](
-        VOCABULARY, nonterminals, MAX_LENGTH, latent=latent, backward=backward, **options
+        nonterminals=nonterminals,
+        preterminals=PRETERMINALS,
+        max_length=MAX_LENGTH,
+        latent=latent,
+        backward=backward,
+        **options,
     )
     with torch.no_grad():
         for parameter in policy.parameters():
