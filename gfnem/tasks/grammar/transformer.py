@@ -139,6 +139,9 @@ class _TransformerScores(ScoresAtOnce):
         is_root = torch.arange(most, device=root.device) < count[:, None]
         at = root.gather(1, first_word).clamp(min=0)
         tokens = embedding[row[:, None], at] + policy.position.weight[:most]
+        # There is no dropout, so both modes compute the same; torch's fused layers, a third faster,
+        # are those of evaluation without gradients.
+        policy.transformer.train(torch.is_grad_enabled())
         with policy.autocast(True):
             hidden = policy.transformer(tokens, src_key_padding_mask=~is_root)
             pair = policy.pair(torch.cat([hidden[:, :-1], hidden[:, 1:]], -1)).relu()
