@@ -6,10 +6,11 @@ their own. Nothing of the grammar enters but through the reward.
 
 from __future__ import annotations
 
+import copy
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from gfnem.errors import UserError
@@ -58,6 +59,8 @@ class TransformerPolicy(ForestPolicy):
         if precision not in ("float32", "bfloat16"):
             raise UserError(f"policy.precision is {precision!r}; use 'float32' or 'bfloat16'")
         self.precision = precision
+        # In a tuple, so that it is no submodule.
+        self._rounding: tuple[int, nn.Module] | None = None
         self.word = nn.Embedding(vocabulary, width)
         self.label = nn.Embedding(self.symbols, width)
         self.position = nn.Embedding(max_length, width)
@@ -81,6 +84,32 @@ class TransformerPolicy(ForestPolicy):
     def scores(self, condition: ForestCondition, forest: Forest) -> ScoresAtOnce:
         return _TransformerScores(self, condition, forest)
 
+    def contextual(
+        self, tokens: Float[Tensor, "states roots width"], padding: Bool[Tensor, "states roots"]
+    ) -> Float[Tensor, "states roots width"]:
+        """The transformer over the roots of each state."""
+        if torch.is_grad_enabled():
+            with self.autocast(True):
+                return self.transformer(tokens, src_key_padding_mask=padding)
+        # Without dropout evaluation computes the same, and torch's fused layers, a third faster,
+        # are those of evaluation without gradients.
+        network = self._rounded() if self.precision == "bfloat16" else self.transformer.eval()
+        dtype = next(network.parameters()).dtype
+        hidden = network(tokens.to(dtype), src_key_padding_mask=padding).to(tokens.dtype)
+        self.transformer.train()
+        return hidden
+
+    def _rounded(self) -> nn.Module:
+        """The transformer in bfloat16, rounded anew when a parameter has changed.
+
+        Autocast would round all weights at every step of a rollout without gradients.
+        """
+        version = sum(p._version for p in self.transformer.parameters())
+        if self._rounding is None or self._rounding[0] != version:
+            network = copy.deepcopy(self.transformer).bfloat16().eval()
+            self._rounding = (version, network)
+        return self._rounding[1]
+
     def autocast(self, enabled: bool) -> torch.autocast:
         device = self.word.weight.device.type
         return torch.autocast(
@@ -88,8 +117,8 @@ class TransformerPolicy(ForestPolicy):
         )
 
     def _roll(self, *args, **options) -> Paths:
-        # Weights are cast once for a rollout, as autocast keeps them until the outer context
-        # ends; messages of the grammar stay in full precision.
+        # With gradients weights are cast once for a rollout, as autocast keeps them until the
+        # outer context ends; messages of the grammar stay in full precision.
         with self.autocast(True), self.autocast(False):
             return super()._roll(*args, **options)
 
@@ -139,11 +168,8 @@ class _TransformerScores(ScoresAtOnce):
         is_root = torch.arange(most, device=root.device) < count[:, None]
         at = root.gather(1, first_word).clamp(min=0)
         tokens = embedding[row[:, None], at] + policy.position.weight[:most]
-        # There is no dropout, so both modes compute the same; torch's fused layers, a third faster,
-        # are those of evaluation without gradients.
-        policy.transformer.train(torch.is_grad_enabled())
+        hidden = policy.contextual(tokens, ~is_root)
         with policy.autocast(True):
-            hidden = policy.transformer(tokens, src_key_padding_mask=~is_root)
             pair = policy.pair(torch.cat([hidden[:, :-1], hidden[:, 1:]], -1)).relu()
             merge, name = policy.merge(pair), policy.name(pair)
         precision = embedding.dtype
