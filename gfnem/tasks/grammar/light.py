@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from gfnem.tasks.grammar.encoder import zero_linear
 from gfnem.tasks.grammar.env import Forest
-from gfnem.tasks.grammar.policy import ActionScores, ForestCondition, ForestPolicy
-
-# Stands for log 0: finite, so that differences of two of them are numbers.
-LOG_ZERO = -1e4
+from gfnem.tasks.grammar.policy import (
+    LOG_ZERO,
+    ActionScores,
+    ForestCondition,
+    ForestPolicy,
+)
 
 
 class LightPolicy(ForestPolicy):

@@ -27,6 +27,9 @@ from gfnem.tasks.grammar.tree import Trees
 
 Latent = Literal["shape", "labelled"]
 
+# Stands for log 0: finite, so that differences of two of them are numbers.
+LOG_ZERO = -1e4
+
 
 @dataclass(frozen=True)
 class ForestCondition:

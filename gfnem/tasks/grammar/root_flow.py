@@ -14,14 +14,12 @@ from torch import Tensor
 
 from gfnem.tasks.grammar.env import Forest
 from gfnem.tasks.grammar.policy import (
+    LOG_ZERO,
     ForestCondition,
     ForestPolicy,
     Merges,
     ScoresAtOnce,
 )
-
-# Stands for log 0: finite, so that differences of two of them are numbers.
-LOG_ZERO = -1e4
 
 
 class RootFlowPolicy(ForestPolicy):
