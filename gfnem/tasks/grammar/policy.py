@@ -170,6 +170,8 @@ class ForestPolicy(Policy):
 
     # Whether logits depend on the grammar's messages, which then have to be kept on the way.
     reads_messages = True
+    # Whether `scores` gives ScoresAtOnce, which run along a rollout without gradients.
+    scores_at_once = False
 
     @abstractmethod
     def scores(self, condition: ForestCondition, forest: Forest) -> ActionScores:
@@ -251,10 +253,8 @@ class ForestPolicy(Policy):
         """
         forest = Forest(condition.potentials, samples, self.labelled, self.reads_messages)
         gradients = torch.is_grad_enabled()
-        with torch.no_grad():
-            scores = self.scores(condition, forest)
-        at_once = gradients and isinstance(scores, ScoresAtOnce)
-        if gradients and not at_once:
+        at_once = gradients and self.scores_at_once
+        with torch.set_grad_enabled(gradients and not at_once):
             scores = self.scores(condition, forest)
         everything_given = keep is not None and bool((keep >= forest.lengths - 1).all())
         gaps, labels, log_forward = [], [], []

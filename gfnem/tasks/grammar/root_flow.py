@@ -28,6 +28,8 @@ class RootFlowPolicy(ForestPolicy):
     Its span scores o(0, n, A) are not learned: the whole sentence's flow is p(x, z) itself.
     """
 
+    scores_at_once = True
+
     def scores(self, condition: ForestCondition, forest: Forest) -> ScoresAtOnce:
         return _RootFlowScores(condition, forest)
 
@@ -60,13 +62,14 @@ class _RootFlowScores(ScoresAtOnce):
         word = condition.potentials.log_word + condition.encoding.word_score.detach()
         self.value[:, :slots] = word[forest.sentence]
         self.label_logit = forest.message.new_zeros(rows, slots, forest.message.shape[-1])
-        every = torch.arange(slots - 1, device=device)
-        for gap in every:
-            self._score(gap.expand(rows), gap.expand(rows))
+        gap = torch.arange(slots - 1, device=device).repeat(rows)
+        self._score(forest.rows.repeat_interleave(slots - 1), gap, gap)
 
-    def _score(self, gap: Tensor, candidate: Tensor) -> None:
-        """Enter the node of one gap of each row as a candidate and keep its logits."""
-        forest, rows = self.forest, self.forest.rows
+    def _score(
+        self, rows: Int[Tensor, "nodes"], gap: Int[Tensor, "nodes"], candidate: Int[Tensor, "nodes"]
+    ) -> None:
+        """Enter the nodes of some gaps of some rows as candidates and keep their logits."""
+        forest = self.forest
         start, end = forest.start[rows, gap], forest.end[rows, gap]
         left, right = forest.left[rows, gap], forest.right[rows, gap]
         left = torch.where(left < 0, gap, self.length + self.candidate[rows, left.clamp(min=0)])
@@ -84,20 +87,18 @@ class _RootFlowScores(ScoresAtOnce):
         self.left[rows, candidate], self.right[rows, candidate] = left, right
         self.log_message[rows, candidate] = log_message
         self.candidate[rows, gap] = candidate
-        label = self._span_scores(start, end).detach() + log_message
+        label = self._span_scores(rows, start, end).detach() + log_message
         self.value[rows, self.length + candidate] = label.logsumexp(-1)
         size = (end - start - 1).to(label.dtype)
         below = self.value[rows, left] + self.value[rows, right]
         self.label_logit[rows, gap] = label + (size.log() - below)[:, None]
 
     def _span_scores(
-        self, start: Int[Tensor, "rows *spans"], end: Int[Tensor, "rows *spans"]
-    ) -> Float[Tensor, "rows *spans nonterminals"]:
+        self, rows: Int[Tensor, "#*spans"], start: Int[Tensor, "*spans"], end: Int[Tensor, "*spans"]
+    ) -> Float[Tensor, "*spans nonterminals"]:
         encoding, forest = self.condition.encoding, self.forest
-        extra = (1,) * (start.dim() - 1)
-        sentence = forest.sentence.view(-1, *extra)
-        scores = encoding.scores[sentence.expand_as(start), encoding.index[start, end]]
-        whole = (start == 0) & (end == forest.lengths.view(-1, *extra))
+        scores = encoding.scores[forest.sentence[rows], encoding.index[start, end]]
+        whole = (start == 0) & (end == forest.lengths[rows])
         root = self.condition.potentials.root.clamp(min=1e-30).log()
         return torch.where(whole[..., None], root, scores)
 
@@ -111,17 +112,18 @@ class _RootFlowScores(ScoresAtOnce):
         if self.forest.labelled:
             candidate = self.candidate[rows, gap]
             self.labels[rows, candidate] = label
-            chosen = self._span_scores(self.start[rows, candidate], self.end[rows, candidate])
+            start, end = self.start[rows, candidate], self.end[rows, candidate]
+            chosen = self._span_scores(rows, start, end)
             chosen = chosen.detach() + self.log_message[rows, candidate]
             self.value[rows, self.length + candidate] = chosen[rows, label]
-        for side in (before, after):
-            made = torch.full_like(side, self.made)
-            self._score(side, made)
-            self.made += 1
+        made = torch.full_like(gap, self.made)
+        self._score(rows.repeat(2), torch.cat([before, after]), torch.cat([made, made + 1]))
+        self.made += 2
 
     def log_forward(self, merges: Merges) -> Float[Tensor, "steps rows"]:
         forest, condition = self.forest, self.condition
-        label = self._span_scores(self.start, self.end) + self.log_message
+        rows = forest.rows[:, None]
+        label = self._span_scores(rows, self.start, self.end) + self.log_message
         total = label.logsumexp(-1)
         value = total
         if forest.labelled:

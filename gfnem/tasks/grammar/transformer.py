@@ -80,6 +80,7 @@ class TransformerPolicy(ForestPolicy):
             nn.init.normal_(embedding.weight, std=width**-0.5)
 
     reads_messages = False
+    scores_at_once = True
 
     def scores(self, condition: ForestCondition, forest: Forest) -> ScoresAtOnce:
         return _TransformerScores(self, condition, forest)
