@@ -47,6 +47,8 @@ def build(config: DictConfig) -> Built:
         _begin_with(model, resolved["model_from"])
     parts = {name: make(resolved[name]) for name in POSTERIOR_PARTS if resolved.get(name)}
     posterior = make(resolved["posterior"], **parts)
+    if resolved.get("warm_start"):
+        posterior = make(resolved["warm_start"], then=posterior)
     optimizers = {
         f"{network}_optimizer": _optimizer(options, f"optimizer.{network}")
         for network, options in resolved["optimizer"].items()
@@ -93,7 +95,7 @@ def load_data(config: DictConfig) -> tuple[dict[str, Any], Any]:
     resolved = resolve(config)
     data = make(resolved["data"])
     before, now = resolved["sizes"], data.sizes()
-    if any(before.values()) and before != now:
+    if all(before.values()) and before != now:
         raise UserError(f"the data is not what the run began with: {before} then, {now} now")
     return resolve(cast(DictConfig, OmegaConf.merge(config, {"sizes": now}))), data
 

@@ -35,6 +35,7 @@ KEPT = (
     "sizes",
     "model",
     "policy",
+    "warm_start",
     "optimizer",
     "schedule",
     "em.warmup",

@@ -26,6 +26,7 @@ PARTS = (
     "objective",
     "refinement",
     "posterior",
+    "warm_start",
     "schedule",
     "optimizer",
     "em",

@@ -91,27 +91,29 @@ class Trainer:
 
         Raises Diverged at the tenth skipped update in a row.
         """
-        self.optimizer.zero_grad(set_to_none=True)
-        finite = bool(loss.isfinite())
+        return minimise(loss, self)
+
+    def clip_gradient(self) -> bool:
+        """Clip; False where the gradient is not finite."""
+        norm = nn.utils.clip_grad_norm_(
+            self.parameters, math.inf if self.clip is None else self.clip
+        )
+        return bool(norm.isfinite())
+
+    def update(self, finite: bool) -> None:
+        """Take a step along the gradient, or skip it where that is not finite."""
         if finite:
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(
-                self.parameters, math.inf if self.clip is None else self.clip
+            self.skipped_in_a_row = 0
+            self.optimizer.step()
+            self.warmup.step()
+            return
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= SKIPS_ALLOWED:
+            raise Diverged(
+                f"the {self.name}'s loss or gradient was not finite {SKIPS_ALLOWED} times in "
+                f"a row: lower its learning rate or gradient clipping"
             )
-            finite = bool(norm.isfinite())
-        if not finite:
-            self.skipped += 1
-            self.skipped_in_a_row += 1
-            if self.skipped_in_a_row >= SKIPS_ALLOWED:
-                raise Diverged(
-                    f"the {self.name}'s loss or gradient was not finite {SKIPS_ALLOWED} times in "
-                    f"a row: lower its learning rate or gradient clipping"
-                )
-            return False
-        self.skipped_in_a_row = 0
-        self.optimizer.step()
-        self.warmup.step()
-        return True
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -126,6 +128,19 @@ class Trainer:
         self.warmup.load_state_dict(state["warmup"])
         self.skipped = state["skipped"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
+
+
+def minimise(loss: Tensor, *trainers: Trainer) -> bool:
+    """One step of all trainers' networks; False where it was skipped, as in `Trainer.step`."""
+    for trainer in trainers:
+        trainer.optimizer.zero_grad(set_to_none=True)
+    finite = bool(loss.isfinite())
+    if finite:
+        loss.backward()
+        finite = all([trainer.clip_gradient() for trainer in trainers])
+    for trainer in trainers:
+        trainer.update(finite)
+    return finite
 
 
 class EM:
@@ -201,7 +216,7 @@ class EM:
         if seed is not None:
             torch.manual_seed(seed)
         self.model_trainer = Trainer(
-            "model", [{"params": list(model.parameters())}], model_optimizer, model_clip, warmup
+            "model", model.parameter_groups(), model_optimizer, model_clip, warmup
         )
         groups = posterior.parameter_groups()
         self.posterior_trainer = (
@@ -211,6 +226,11 @@ class EM:
         )
         if self._frozen and self.posterior_trainer is None:
             raise UserError("em.m_steps=0 trains the posterior alone, but it has no parameters")
+        if self._frozen and posterior.joint:
+            raise UserError(
+                f"em.m_steps=0 trains the posterior alone, but {type(posterior).__name__} and the "
+                "model learn in one step: use another posterior"
+            )
         self.m_steps = self.e_steps = 0
         self.batches_seen = self.epoch = self.position = 0
         self.seconds = 0.0
@@ -249,12 +269,11 @@ class EM:
             self.run.progress.start(total, done, unit)
         for x in self._batches():
             x = x.to(self.device)
-            estep = self._e_step(x) if self._e_step_due() else None
-            if estep is not None and "train/posterior_gap" not in self._sums:
-                self._note(self._posterior_gap(x, estep.latents))
-            m_step_due = self._m_step_due()
-            if m_step_due:
-                self._m_step(x, estep.latents if estep is not None else None)
+            if self.posterior.joint:
+                self._joint_step(x)
+                m_step_due = True
+            else:
+                m_step_due = self._alternate(x)
             self.batches_seen += 1
             self.seconds = time.monotonic() - began
             if self.batches_seen % self.log_every == 0:
@@ -268,6 +287,16 @@ class EM:
             self._save(best=False)
         elif self.evaluated != self._steps:
             self._evaluate()
+
+    def _alternate(self, x: Any) -> bool:
+        """What the schedule says of a batch; whether that was an M-step too."""
+        estep = self._e_step(x) if self._e_step_due() else None
+        if estep is not None and "train/posterior_gap" not in self._sums:
+            self._note(self._posterior_gap(x, estep.latents))
+        m_step_due = self._m_step_due()
+        if m_step_due:
+            self._m_step(x, estep.latents if estep is not None else None)
+        return m_step_due
 
     @property
     def _frozen(self) -> bool:
@@ -329,6 +358,16 @@ class EM:
             self._note({"train/e_loss": loss, **estep.metrics})
         self.e_steps += 1
         return estep
+
+    def _joint_step(self, x: Any) -> None:
+        """E- and M-step in one, where the posterior's loss trains the model as well."""
+        assert self.posterior_trainer is not None
+        estep = self.posterior.e_step(self.model, x)
+        assert estep.loss is not None
+        if minimise(estep.loss, self.model_trainer, self.posterior_trainer):
+            self._note({"train/joint_loss": estep.loss.detach(), **estep.metrics})
+        self.e_steps += 1
+        self.m_steps += 1
 
     def _m_step(self, x: Any, latents: Latents | None) -> None:
         loss = -self.posterior.expected_log_joint(self.model, x, latents).mean()
@@ -408,6 +447,8 @@ class EM:
         }
         if self.evaluator is not None and not self.stopped:
             if self.run is not None:
+                # Evaluations may show a progress of their own.
+                self.run.progress.stop()
                 state = self.run.load_checkpoint("best")
                 self.model.load_state_dict(state["model"])
                 self.posterior.load_state_dict(state["posterior"])

@@ -24,6 +24,10 @@ class LatentVariableModel(nn.Module, ABC):
         Fewer where draws had to be rejected; the model counts them in `rejected`.
         """
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Parameters for a torch optimizer; a group may have options of its own."""
+        return [{"params": list(self.parameters())}]
+
     def log_likelihood(self, x: Any) -> Float[Tensor, "batch"] | None:
         """Exact log p(x) in nats, differentiable; None where it is intractable."""
         return None

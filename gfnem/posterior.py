@@ -49,9 +49,20 @@ class EStep:
 class Posterior(nn.Module, ABC):
     """q(z | x)."""
 
+    @property
+    def joint(self) -> bool:
+        """Whether E- and M-step are one: the loss of `e_step` trains the model as well.
+
+        So it is where gradients pass through the model on their way to q.
+        """
+        return False
+
     @abstractmethod
     def e_step(self, model: LatentVariableModel, x: Any) -> EStep:
-        """The loss that brings q closer to p(z | x). Gradients never reach the model."""
+        """The loss that brings q closer to p(z | x).
+
+        Gradients never reach the model, unless the posterior is `joint`.
+        """
 
     @abstractmethod
     def sample(self, model: LatentVariableModel, x: Any, samples: int) -> Latents:

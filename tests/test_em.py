@@ -1073,6 +1073,105 @@ def test_posterior_alone_needs_parameters() -> None:
         EM(Mixture(), ExactPosterior(), Urn(), 0, max_e_steps=3)
 
 
+# E- and M-step in one.
+
+
+class Joint(Table):
+    """Its loss, -log p(x) at best, trains the model as well."""
+
+    @property
+    def joint(self) -> bool:
+        return True
+
+    def divergence(self, model: Mixture, x: Symbols, log_q: Tensor) -> Float[Tensor, ""]:
+        return (log_q.exp() * (log_q - model.all_log_joints(x))).sum(-1).mean()
+
+
+def test_one_backward_pass_trains_both_networks() -> None:
+    """As a single optimizer of all parameters would."""
+    model, posterior = Mixture(), Joint(dropout=0.0)
+    sgd = partial(torch.optim.SGD, lr=0.1)
+    options: dict[str, Any] = {"model_optimizer": sgd, "posterior_optimizer": sgd}
+    em = EM(model, posterior, Urn(), 5, model_clip=None, posterior_clip=None, **options)
+    em.fit()
+    assert (em.m_steps, em.e_steps, em.batches_seen) == (5, 5, 5)
+    assert posterior.order == "e0 e1 e2 e3 e4"
+
+    expected, q = Mixture(), Joint(dropout=0.0)
+    together = [*expected.parameters(), *q.parameters()]
+    optimizer = torch.optim.SGD(together, lr=0.1)
+    for x in Urn().train_batches(0)[:5]:
+        optimizer.zero_grad()
+        q.divergence(expected, x, q.log_q(x)).backward()
+        optimizer.step()
+    torch.testing.assert_close(parameters(em), [p.detach() for p in together])
+
+
+def test_clips_of_joint_networks_are_their_own() -> None:
+    em = EM(Mixture(), Joint(), Urn(), 1, model_clip=1e-3, posterior_clip=None,
+            model_optimizer=SGD, posterior_optimizer=SGD)  # fmt: skip
+    before = parameters(em)
+    em.fit()
+    moved = [float((b - a).norm()) for a, b in zip(before, parameters(em), strict=True)]
+    assert sum(m * m for m in moved[:2]) ** 0.5 == pytest.approx(1e-3, rel=1e-2)
+    assert moved[2] > 1e-2
+
+
+def test_joint_training_finds_the_maximum(run: Run) -> None:
+    em = EM(Mixture(), Joint(dropout=0.0), Urn(42 + 6), 300, run=run, evaluator=Rater(),
+            evaluate_every=100, **fast(0.05))  # fmt: skip
+    summary = em.fit()
+    assert summary["test/nll"] == pytest.approx(ENTROPY, abs=0.02)
+    assert (summary["train/m_steps"], summary["train/e_steps"]) == (300, 300)
+    assert curve(run, "train/joint_loss")[-1] < curve(run, "train/joint_loss")[0]
+    assert curve(run, "train/e_loss") == curve(run, "train/m_loss") == []
+
+
+def test_joint_update_that_is_not_finite_is_skipped_by_both() -> None:
+    class Broken(Joint):
+        def divergence(self, model: Mixture, x: Symbols, log_q: Tensor) -> Float[Tensor, ""]:
+            value = super().divergence(model, x, log_q)
+            # Finite, with a gradient for q alone that is not.
+            return value if x.number else value + infinite_gradient(self.logits)
+
+    em = EM(Mixture(), Broken(), Urn(), 1)
+    before = parameters(em)
+    em.fit()
+    assert same(before, parameters(em)) and (em.m_steps, em.e_steps) == (1, 1)
+    trainers = [em.model_trainer, em.posterior_trainer]
+    assert [trainer.skipped for trainer in trainers if trainer is not None] == [1, 1]
+    em.total_m_steps = 2
+    em.fit()
+    assert not any(torch.equal(a, b) for a, b in zip(before, parameters(em), strict=True))
+
+
+def test_posterior_alone_cannot_be_joint() -> None:
+    message = (
+        "^em.m_steps=0 trains the posterior alone, but Joint and the model learn in one step: use "
+        "another posterior$"
+    )
+    with pytest.raises(UserError, match=message):
+        EM(Mixture(), Joint(), Urn(), 0, max_e_steps=3)
+
+
+def test_parameter_groups_of_the_model_have_options_of_their_own() -> None:
+    """Weight decay for some of its parameters, where all else has no gradient."""
+
+    class Decaying(Mixture):
+        def parameter_groups(self) -> list[dict[str, Any]]:
+            return [{"params": [self.component]}, {"params": [self.symbol], "weight_decay": 0.0}]
+
+        def log_joint(self, x: Symbols, z: Tensor) -> Float[Tensor, "batch samples"]:
+            return 0 * super().log_joint(x, z)
+
+    model = Decaying()
+    component, symbol = model.component.detach().clone(), model.symbol.detach().clone()
+    adamw = partial(torch.optim.AdamW, lr=0.1, weight_decay=0.5)
+    EM(model, ExactPosterior(), Urn(), 3, model_optimizer=adamw).fit()
+    torch.testing.assert_close(model.component.detach(), component * 0.95**3)
+    assert torch.equal(model.symbol, symbol)
+
+
 def test_data_without_batches(run: Run, told: Told) -> None:
     class Nothing:
         def train_batches(self, epoch: int) -> list[Symbols]:

@@ -17,9 +17,14 @@ from gfnem.posterior import EStep, Latents, Posterior
 class TractableModel(LatentVariableModel, ABC):
     """A model whose likelihood and posterior can be computed."""
 
+    @property
+    def tractable(self) -> bool:
+        """Whether it is for the sizes at hand."""
+        return True
+
     @abstractmethod
-    def log_likelihood(self, x: Any) -> Float[Tensor, "batch"]:
-        """Exact log p(x) in nats, differentiable."""
+    def log_likelihood(self, x: Any) -> Float[Tensor, "batch"] | None:
+        """Exact log p(x) in nats, differentiable; None where the model is not `tractable`."""
 
     @abstractmethod
     def sample_posterior(self, x: Any, samples: int) -> Any:
@@ -53,7 +58,7 @@ class ExactPosterior(Posterior):
     @torch.no_grad()
     def sample(self, model: LatentVariableModel, x: Any, samples: int) -> Latents:
         model = self._tractable(model)
-        log_likelihood = model.log_likelihood(x)
+        log_likelihood = self._log_likelihood(model, x)
         z = model.sample_posterior(x, samples)
         return Latents(z, log_likelihood[:, None].expand(-1, samples))
 
@@ -61,7 +66,7 @@ class ExactPosterior(Posterior):
         self, model: LatentVariableModel, x: Any, latents: Latents | None = None
     ) -> Float[Tensor, "batch"]:
         if self.m_step == "marginal":
-            return self._tractable(model).log_likelihood(x)
+            return self._log_likelihood(self._tractable(model), x)
         return super().expected_log_joint(model, x, latents)
 
     @staticmethod
@@ -71,4 +76,15 @@ class ExactPosterior(Posterior):
                 f"posterior=exact needs a model with a tractable posterior; "
                 f"{type(model).__name__} has none: use posterior=gflownet"
             )
+        if not model.tractable:
+            raise UserError(
+                f"posterior=exact: this {type(model).__name__} has too many latents to enumerate; "
+                "make it smaller or use posterior=gflownet"
+            )
         return model
+
+    @staticmethod
+    def _log_likelihood(model: TractableModel, x: Any) -> Float[Tensor, "batch"]:
+        log_likelihood = model.log_likelihood(x)
+        assert log_likelihood is not None
+        return log_likelihood

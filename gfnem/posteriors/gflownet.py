@@ -91,6 +91,10 @@ class Policy(nn.Module, ABC):
     def retrace(self, condition: Any, z: Any) -> Paths:
         """Trajectories that end in given latents, drawn from P_B."""
 
+    def log_forward(self, condition: Any, z: Any) -> Float[Tensor, "batch samples"]:
+        """log P_F of trajectories that end in given latents, drawn from P_B."""
+        return self.retrace(condition, z).log_forward.sum(0)
+
     @abstractmethod
     def regrow(
         self, condition: Any, z: Any, depth: int, temperature: float = 1.0
@@ -196,8 +200,7 @@ class GFlowNetPosterior(Posterior):
             x, z = model.sample(self.sleep_samples)
         if len(x) == 0:
             return None
-        paths = self.policy.retrace(self.policy.condition(model, x), z)
-        return -paths.log_forward.sum(0).mean()
+        return -self.policy.log_forward(self.policy.condition(model, x), z).mean()
 
     @torch.no_grad()
     def sample(self, model: LatentVariableModel, x: Any, samples: int) -> Latents:

@@ -25,7 +25,7 @@ class Refinement(ABC):
     def __call__(
         self, policy: Policy, model: LatentVariableModel, x: Any, latents: Latents
     ) -> Latents:
-        """Better latents, as many for each data point as before. Called without gradients."""
+        """Latents for an M-step. Called without gradients."""
 
 
 class BackAndForth(Refinement):
@@ -70,14 +70,43 @@ class BackAndForth(Refinement):
         return Latents(z, log_weights=None)
 
 
+class Thinning(Refinement):
+    """The first few of the draws, for M-steps that cost less than the E-step's.
+
+    samples: how many.
+    """
+
+    def __init__(self, samples: int = 1):
+        _check_samples(samples)
+        self.samples = samples
+
+    def __call__(
+        self, policy: Policy, model: LatentVariableModel, x: Any, latents: Latents
+    ) -> Latents:
+        assert latents.log_weights is not None
+        count = min(self.samples, latents.log_weights.shape[1])
+        chosen = torch.arange(count, device=latents.log_weights.device)
+        chosen = chosen.expand(len(latents.log_weights), -1)
+        return Latents(latents.z.select(chosen), latents.log_weights.gather(1, chosen))
+
+
 class ImportanceResampling(Refinement):
-    """Latents drawn with replacement in proportion to their importance weights."""
+    """Latents drawn with replacement in proportion to their importance weights.
+
+    samples: how many; None for as many as were drawn.
+    """
+
+    def __init__(self, samples: int | None = None):
+        if samples is not None:
+            _check_samples(samples)
+        self.samples = samples
 
     def __call__(
         self, policy: Policy, model: LatentVariableModel, x: Any, latents: Latents
     ) -> Latents:
         weights = _weights(latents)
-        chosen = torch.multinomial(weights, weights.shape[-1], replacement=True)
+        count = weights.shape[-1] if self.samples is None else self.samples
+        chosen = torch.multinomial(weights, count, replacement=True)
         return Latents(latents.z.select(chosen), log_weights=None)
 
 
@@ -88,6 +117,11 @@ class ImportanceWeighting(Refinement):
         self, policy: Policy, model: LatentVariableModel, x: Any, latents: Latents
     ) -> Latents:
         return replace(latents, m_step_weights=_weights(latents))
+
+
+def _check_samples(samples: int) -> None:
+    if samples < 1:
+        raise UserError(f"refinement.samples is {samples}; it must be at least 1")
 
 
 def _weights(latents: Latents) -> Float[Tensor, "batch samples"]:

@@ -1,4 +1,4 @@
-"""Figures of a run: learning curves, trees, comparisons of methods.
+"""Figures of a run: learning curves, trees, images, comparisons of methods.
 
 They are drawn on `matplotlib.figure.Figure` objects of their own, never on pyplot's global state.
 """
@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
 if TYPE_CHECKING:
     from nltk import Tree
@@ -299,3 +302,54 @@ def _text_width(text: str, points: float) -> float:
     """Return the width of a text in inches, at a font size in points."""
     font = FontProperties(size=points)
     return text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] / 72
+
+
+# Images, in inches like the trees.
+_IMAGE = 0.55  # height of an image
+_IMAGE_GAP = 0.06
+_IMAGE_TITLE = 0.26
+
+
+def image_grid(
+    rows: Sequence[tuple[str, Float[Tensor, "images channels height width"]]],
+) -> Figure:
+    """Draw rows of images, one below the other.
+
+    Args:
+        rows: (title, images), the images side by side under their title; an empty title takes no
+            room. Intensities lie between 0, black, and 1; one channel is grey, three are RGB.
+
+    Raises:
+        ValueError: there is nothing to draw, or images have neither one channel nor three.
+    """
+    if not rows or any(len(images) == 0 for _, images in rows):
+        raise ValueError("image_grid needs at least one image in each row")
+    for _, images in rows:
+        if images.shape[1] not in (1, 3):
+            raise ValueError(f"images have 1 or 3 channels, not {images.shape[1]}")
+    widths = [_IMAGE * images.shape[3] / images.shape[2] for _, images in rows]
+    heights = [_IMAGE + (_IMAGE_TITLE if title else 0) for title, _ in rows]
+    width = 2 * _MARGIN + max(
+        max(len(images) * (wide + _IMAGE_GAP) - _IMAGE_GAP, _text_width(title, 9) if title else 0)
+        for wide, (title, images) in zip(widths, rows, strict=True)
+    )
+    top = 2 * _MARGIN + sum(heights) + _IMAGE_GAP * (len(rows) - 1)
+    # Grey, so that both black and white images have an edge.
+    figure = Figure(figsize=(width, top), facecolor="#c9ced3")
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    y = top - _MARGIN
+    for (title, images), wide, height in zip(rows, widths, heights, strict=True):
+        y -= height
+        if title:
+            _text(axes, _MARGIN, y + _IMAGE + 0.05, title, va="bottom", fontsize=9)
+        for number, image in enumerate(images):
+            x = _MARGIN + number * (wide + _IMAGE_GAP)
+            axes.imshow(
+                np.broadcast_to(image.cpu().movedim(0, -1).numpy(), (*image.shape[1:], 3)),
+                extent=(x, x + wide, y, y + _IMAGE),
+                interpolation="nearest",
+            )
+        y -= _IMAGE_GAP
+    axes.set(xlim=(0, width), ylim=(0, top), aspect="auto")
+    return figure

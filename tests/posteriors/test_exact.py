@@ -7,7 +7,7 @@ import torch
 
 from gfnem.errors import UserError
 from gfnem.model import LatentVariableModel
-from gfnem.posteriors.exact import ExactPosterior
+from gfnem.posteriors.exact import ExactPosterior, TractableModel
 from tests.tasks.grammar import oracle
 from tests.tasks.grammar.tiny import (
     LATENTS,
@@ -101,6 +101,38 @@ def test_models_without_a_tractable_posterior_are_refused(ask):
     message = "posterior=exact needs a model with a tractable posterior; Intractable has none"
     with pytest.raises(UserError, match=message):
         getattr(posterior, ask)(Intractable(), x, *([3] if ask == "sample" else []))
+
+
+class TooLarge(TractableModel):
+    """Tractable in kind, but not at its size."""
+
+    @property
+    def tractable(self) -> bool:
+        return False
+
+    def log_joint(self, x: Any, z: Any):
+        raise AssertionError("never asked")
+
+    def sample(self, n: int, generator: torch.Generator | None = None):
+        raise AssertionError("never asked")
+
+    def log_likelihood(self, x: Any):
+        return None
+
+    def sample_posterior(self, x: Any, samples: int):
+        raise AssertionError("never asked")
+
+
+@pytest.mark.parametrize("m_step", ["marginal", "sample"])
+@pytest.mark.parametrize("ask", ["sample", "expected_log_joint"])
+def test_models_too_large_to_enumerate_are_refused(ask, m_step):
+    posterior, x = ExactPosterior(m_step), sentences(LENGTHS)
+    message = (
+        "^posterior=exact: this TooLarge has too many latents to enumerate; make it smaller or use "
+        "posterior=gflownet$"
+    )
+    with pytest.raises(UserError, match=message):
+        getattr(posterior, ask)(TooLarge(), x, *([3] if ask == "sample" else []))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,12 @@ import torch
 from gfnem.errors import UserError
 from gfnem.posterior import Latents
 from gfnem.posteriors.gflownet import GFlowNetPosterior
-from gfnem.posteriors.refinement import BackAndForth, ImportanceResampling, ImportanceWeighting
+from gfnem.posteriors.refinement import (
+    BackAndForth,
+    ImportanceResampling,
+    ImportanceWeighting,
+    Thinning,
+)
 from gfnem.tasks.grammar.data import Sentences
 from gfnem.tasks.grammar.policy import ForestPolicy
 from gfnem.tasks.grammar.tree import Trees
@@ -158,6 +163,43 @@ def test_importance_resampling_draws_in_proportion_to_the_weights():
         drawn.z.start.flatten(0, 1)[None], drawn.z.end.flatten(0, 1)[None], x.lengths[:1]
     )
     assert p_value(count_trees(all_draws, 0), probabilities) > 1e-3
+
+
+@pytest.mark.parametrize("samples", [1, 3, 12])
+def test_importance_resampling_draws_as_many_as_asked(samples):
+    x, z = five_shapes(2_000)
+    weights = torch.tensor([0.0, 0.0, 3.0, 1.0, 0.0])
+    latents = Latents(z, weights.log().expand(2_000, -1))
+    torch.manual_seed(0)
+    policy: Any = None
+    model: Any = None
+    drawn = ImportanceResampling(samples)(policy, model, x, latents)
+    assert drawn.z.start.shape == (2_000, samples, z.start.shape[-1])
+    three = (drawn.z.start == z.start[:, 2:3]).all(-1) & (drawn.z.end == z.end[:, 2:3]).all(-1)
+    other = (drawn.z.start == z.start[:, 3:4]).all(-1) & (drawn.z.end == z.end[:, 3:4]).all(-1)
+    assert (three | other).all()
+    error = (0.75 * 0.25 / (2_000 * samples)) ** 0.5
+    assert abs(three.double().mean().item() - 0.75) < 4 * error
+
+
+@pytest.mark.parametrize("samples, kept", [(1, 1), (3, 3), (5, 5), (9, 5)])
+def test_thinning_keeps_the_first_draws_and_their_weights(samples, kept):
+    x, z = five_shapes(2)
+    log_weights = torch.tensor([[0.0, 1.0, -2.0, 5.0, 0.5], [-9.0, -8.0, -7.0, -6.0, -5.0]])
+    policy: Any = None
+    model: Any = None
+    latents = Thinning(samples)(policy, model, x, Latents(z, log_weights))
+    assert torch.equal(latents.z.start, z.start[:, :kept])
+    assert torch.equal(latents.z.end, z.end[:, :kept])
+    assert latents.log_weights is not None and latents.m_step_weights is None
+    assert torch.equal(latents.log_weights, log_weights[:, :kept])
+
+
+@pytest.mark.parametrize("refinement", [Thinning, ImportanceResampling])
+def test_at_least_one_latent_is_kept(refinement):
+    message = "^refinement.samples is 0; it must be at least 1$"
+    with pytest.raises(UserError, match=message):
+        refinement(0)
 
 
 def test_importance_weighting_keeps_all_latents():

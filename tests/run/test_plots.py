@@ -7,12 +7,14 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.colors import same_color
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 from matplotlib.text import Text
 from nltk import Tree
 
-from gfnem.run.plots import bar_table, draw_trees, learning_curves
+from gfnem.run.plots import bar_table, draw_trees, image_grid, learning_curves
 
 
 def png(figure: Figure) -> bytes:
@@ -138,3 +140,36 @@ def test_bars_are_as_long_as_the_scores() -> None:
     assert same_color(left, right) and not same_color(left, model)
     assert sentence.texts[0].get_position()[1] == 0  # an offset: the number stands beside its bar
     assert png(figure).startswith(b"\x89PNG")
+
+
+def test_images_stand_in_their_rows() -> None:
+    grey = torch.tensor([0.0, 0.5, 1.0])[:, None, None, None].expand(3, 1, 4, 4)
+    red = torch.tensor([1.0, 0.0, 0.0])[None, :, None, None].expand(1, 3, 4, 8)
+    figure = image_grid([("grey $a$", grey), ("", red)])
+    (axes,) = figure.axes
+    assert list(texts(figure)) == ["grey $a$"]
+    boxes = [image.get_extent() for image in axes.images]
+    (left, right, bottom, top), second, third, wide = boxes
+    assert left < right < second[0] < second[1] < third[0]
+    assert bottom == second[2] == third[2]
+    assert wide[3] < bottom < top
+    # As wide as two, and no image is stretched or cut off.
+    assert wide[1] - wide[0] == pytest.approx(2 * (right - left))
+    assert all(box[1] - box[0] <= figure.get_figwidth() for box in boxes)
+    assert wide[2] > 0
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=100)
+    file.seek(0)
+    drawn = imread(file)
+    for box, color in zip(boxes, ([0] * 3, [0.5] * 3, [1] * 3, [1, 0, 0]), strict=True):
+        x, y = 50 * (box[0] + box[1]), len(drawn) - 50 * (box[2] + box[3])
+        assert drawn[int(y), int(x), :3] == pytest.approx(color, abs=0.01)
+
+
+def test_images_that_cannot_be_drawn_are_an_error() -> None:
+    with pytest.raises(ValueError, match="at least one image in each row"):
+        image_grid([])
+    with pytest.raises(ValueError, match="at least one image in each row"):
+        image_grid([("none", torch.zeros(0, 1, 2, 2))])
+    with pytest.raises(ValueError, match="1 or 3 channels, not 2"):
+        image_grid([("two", torch.zeros(1, 2, 2, 2))])
