@@ -1,4 +1,4 @@
-"""How long the grammar task's steps take, as a table and as JSON.
+"""How long the tasks' steps take, as a table and as JSON.
 
     python scripts/benchmark.py                    everything that needs no data
     python scripts/benchmark.py target             seconds to 5.45 nats per token on the treebank
@@ -7,8 +7,9 @@
 Sections: `recipe`, one EM iteration of the default recipe; `small` and `large`, the published
 settings (labelled trees, a transformer over all roots, 10 Metropolis-Hastings steps, sleep phase)
 with a 128 wide, 2 layer and a 512 wide, 6 layer policy; `inside`, the inside algorithm beside
-torch-struct's where that is installed (extra `bench`); `target`, whole training runs on the
-treebank sample, which needs its data.
+torch-struct's where that is installed (extra `bench`); `images`, the discrete VAE at the published
+size (128 binary images of 28 x 28, 4 x 4 codes of 8, 128 channels); `target`, whole training runs
+on the treebank sample, which needs its data.
 
 Times are medians over repeats, each on another batch, after a warm-up of two; memory is the
 largest resident size of the process so far. Sections run in processes of their own.
@@ -32,11 +33,19 @@ from typing import Any, Literal
 import torch
 
 from gfnem import objectives
-from gfnem.em import EM, Trainer
+from gfnem.em import EM, Trainer, minimise
+from gfnem.model import LatentVariableModel
+from gfnem.posterior import Posterior
 from gfnem.posteriors.exact import ExactPosterior
 from gfnem.posteriors.gflownet import GFlowNetPosterior
-from gfnem.posteriors.refinement import BackAndForth
+from gfnem.posteriors.refinement import BackAndForth, Thinning
 from gfnem.schedule import Alternation
+from gfnem.tasks.discrete_vae.causal import PriorName
+from gfnem.tasks.discrete_vae.data import Images
+from gfnem.tasks.discrete_vae.importance import log_weights
+from gfnem.tasks.discrete_vae.model import DiscreteVAE
+from gfnem.tasks.discrete_vae.policy import GridPolicy
+from gfnem.tasks.discrete_vae.vector_quantized import VectorQuantized
 from gfnem.tasks.grammar import inside
 from gfnem.tasks.grammar.data import Sentences, treebank
 from gfnem.tasks.grammar.model import NeuralPCFG
@@ -79,10 +88,10 @@ def gigabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def trainers(model: NeuralPCFG, posterior: GFlowNetPosterior) -> tuple[Trainer, Trainer]:
+def trainers(model: LatentVariableModel, posterior: Posterior) -> tuple[Trainer, Trainer]:
     adam = partial(torch.optim.Adam, fused=True)
     return (
-        Trainer("model", [{"params": list(model.parameters())}], partial(adam, lr=1e-3), 3.0, 0),
+        Trainer("model", model.parameter_groups(), partial(adam, lr=1e-3), 3.0, 0),
         Trainer("posterior", posterior.parameter_groups(), partial(adam, lr=2e-3), 5.0, 0),
     )
 
@@ -201,6 +210,67 @@ def _torch_struct(grammar: Any, words: torch.Tensor) -> Row:
     return {"torch-struct forward": measure(forward, 3), "torch-struct both": measure(gradient, 3)}
 
 
+def images(repeats: int) -> list[Row]:
+    """The published discrete VAE, its embedding one number wide; steps with their updates."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.rand(128, 1, 28, 28, generator=generator).gt(0.8).float()
+    x = Images(pixels, torch.arange(128))
+    priors: tuple[PriorName, ...] = ("masked_convolution", "uniform")
+    rows = [_image_steps(prior, x, repeats) for prior in priors]
+    model, policy = _published_vae("uniform", "distance")
+    quantised = VectorQuantized(policy)
+    p, q = trainers(model, quantised)
+
+    def step() -> None:
+        loss = quantised.e_step(model, x).loss
+        assert loss is not None
+        minimise(loss, p, q)
+
+    seconds = measure(step, repeats)
+    epoch = seconds * -(-60_000 // len(x))
+    rows.append({"what": "VQ-VAE, published size", "step": seconds, "epoch": epoch})
+    return rows
+
+
+def _published_vae(
+    prior: PriorName, logits: Literal["linear", "distance"]
+) -> tuple[DiscreteVAE, GridPolicy]:
+    torch.manual_seed(0)
+    model = DiscreteVAE(1, 28, 28, embedding=1, decoder_width=128, prior=prior)
+    return model, GridPolicy(1, 28, 28, embedding=1, encoder_width=128, hidden=128, logits=logits)
+
+
+def _image_steps(prior: PriorName, x: Images, repeats: int) -> Row:
+    """One trajectory for each image with TB, as published, and the default of four with VarGrad."""
+    model, policy = _published_vae(prior, "linear")
+    one = GFlowNetPosterior(policy, objectives.tb, samples=1, sleep_samples=len(x))
+    four = GFlowNetPosterior(policy, samples=4, refinement=Thinning(1))
+    p, q = trainers(model, one)
+
+    def e_step(posterior: GFlowNetPosterior) -> None:
+        loss = posterior.e_step(model, x).loss
+        assert loss is not None
+        q.step(loss)
+
+    def sleep_step() -> None:
+        loss = one.sleep_loss(model)
+        assert loss is not None
+        q.step(loss)
+
+    def likelihood() -> None:
+        with torch.no_grad():
+            log_weights(policy, model, x.select(slice(1)), 5000)
+
+    return {
+        "what": f"discrete VAE, published size, prior {prior}",
+        "e_step": measure(partial(e_step, one), repeats),
+        "e_step, 4 samples": measure(partial(e_step, four), repeats),
+        "sleep_step": measure(sleep_step, repeats),
+        "m_step": measure(lambda: p.step(-one.expected_log_joint(model, x).mean()), repeats),
+        "likelihood, 5,000 samples": measure(likelihood, max(repeats // 3, 3)),
+    }
+
+
 def target(repeats: int) -> list[Row]:
     """Seconds of training to a validation likelihood, evaluations not counted."""
     rows = []
@@ -263,6 +333,7 @@ SECTIONS: dict[str, Callable[[int], list[Row]]] = {
     "small": small,
     "large": large,
     "inside": inside_algorithm,
+    "images": images,
     "target": target,
 }
 

@@ -45,6 +45,28 @@ def tiny_data() -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def tiny_images() -> list[str]:
+    """Overrides for a discrete VAE of a second or two."""
+    return [
+        "device=cpu",
+        "task=discrete_vae",
+        "model.decoder_width=4",
+        "model.blocks=1",
+        "model.prior_width=4",
+        "policy.hidden=4",
+        "em.m_steps=4",
+        "em.evaluate_every=2",
+        "em.log_every=2",
+        "evaluator.samples=4",
+        "evaluator.nll_samples=8",
+        "evaluator.images=8",
+        "evaluator.test_images=8",
+        "evaluator.train_images=8",
+        "evaluator.temperature_images=8",
+    ]
+
+
+@pytest.fixture(scope="session")
 def tiny_run() -> list[str]:
     """Overrides for a run of a second or two, whatever the data and the posterior."""
     return [

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 
 from gfnem.build import build, make
 from gfnem.cli import main
@@ -17,6 +19,26 @@ from gfnem.help import config_folder, groups_in
 GROUPS = groups_in(config_folder())
 OPTIONS = [(group, option) for group, options in GROUPS.items() for option in options]
 TREE = "(S (NP (DT The) (JJ old) (NN king)) (VP (VBD saw) (NP (DT a) (NN cat))) (. .))\n"
+IMAGES = {
+    ("task", "discrete_vae"),
+    ("model", "discrete_vae"),
+    ("policy", "grid"),
+    ("optimizer", "adamw"),
+    ("posterior", "mean_field"),
+    ("posterior", "vq"),
+    ("refinement", "greedy"),
+    ("warm_start", "vq"),
+    ("warm_start", "gumbel"),
+    ("data", "digits"),
+    ("data", "mnist"),
+    ("data", "fashion_mnist"),
+    ("data", "image_folder"),
+    ("experiment", "digits"),
+    ("experiment", "mnist_small"),
+    ("experiment", "mnist_k4"),
+    ("experiment", "mnist_k8"),
+    ("experiment", "mnist_k10"),
+}
 FILES = {"bracketed": 20 * TREE, "text": 20 * "the old king saw a cat\n"}
 
 
@@ -32,10 +54,13 @@ def test_option(
     option: str,
     tiny_data: list[str],
     tiny_run: list[str],
+    tiny_images: list[str],
     request: pytest.FixtureRequest,
 ) -> None:
     overrides = [*tiny_data, *tiny_run, f"{group}={option}"]
-    if group == "data" and option != "toy_english":
+    if (group, option) in IMAGES:
+        overrides = [*tiny_images, f"{group}={option}", *_image_options(group, option, request)]
+    elif group == "data" and option != "toy_english":
         overrides = ["device=cpu", *tiny_run, f"data={option}"]
         if option in FILES:
             Path("train.txt").write_text(FILES[option])
@@ -63,6 +88,27 @@ def test_option(
     latents = em.posterior.sample(em.model, x, 2)
     assert em.posterior.expected_log_joint(em.model, x, latents).isfinite().all()
     make(built.config["tracker"]).start(Path(), {})
+
+
+def _image_options(group: str, option: str, request: pytest.FixtureRequest) -> list[str]:
+    """What an option of the discrete VAE needs beside itself."""
+    if option == "gumbel":
+        return ["posterior=mean_field"]
+    if option == "image_folder":
+        for number in range(10):
+            Image.new("RGB", (8, 8), (25 * number, 0, 0)).save(f"{number}.png")
+        return ["data.dir=.", "data.height=8", "data.width=8", "model.grid=[2,2]"]
+    if "mnist" in option:
+        # The smallest file that is one: Fashion-MNIST itself is not at hand.
+        for name in ("train", "t10k"):
+            content = struct.pack(">4I", 0x803, 6, 28, 28) + bytes(6 * 28 * 28)
+            Path(f"{name}-images-idx3-ubyte").write_bytes(content)
+        return ["data.dir=.", "data.valid_images=2"]
+    return []
+
+
+def test_every_image_option_is_composed_with_its_task() -> None:
+    assert set(OPTIONS) >= IMAGES
 
 
 def test_defaults_are_the_toy_experiment() -> None:

@@ -1,0 +1,202 @@
+"""Discrete VAEs: p(z) over grids of codes, p(x | z) a convolutional decoder of their embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from gfnem.errors import UserError
+from gfnem.posteriors.exact import TractableModel
+from gfnem.tasks.discrete_vae.causal import PriorName, prior_named
+from gfnem.tasks.discrete_vae.codes import Codes
+from gfnem.tasks.discrete_vae.data import Images, Pixels
+from gfnem.tasks.discrete_vae.layers import upwards
+from gfnem.tasks.discrete_vae.likelihood import Bernoulli, DiscretisedLogistic, Likelihood
+
+# Grids of more codes than this are not enumerated.
+MOST_ENUMERATED = 65536
+# Pixels decoded at a time: on a CPU so few that the activations stay in its cache, which is twice
+# as fast as all of a batch at once.
+CHUNK = {"cpu": 32 * 28 * 28, "cuda": 2048 * 28 * 28}
+
+
+class DiscreteVAE(TractableModel):
+    """p(z) p(x | z), z a grid of entries of a codebook.
+
+    The exact likelihood and posterior are there where the codes**(h * w) grids can be enumerated.
+
+    channels, height, width: of the images.
+    pixels: "binary" for a Bernoulli likelihood, "grey" or "rgb" for a discretised logistic one.
+    grid: its height and width in codes; sizes that halving the image's leads to.
+    codes: entries of the codebook.
+    embedding: width of an entry.
+    decoder_width: channels of the decoder's convolutions.
+    blocks: residual blocks of the decoder.
+    prior: "uniform", "masked_linear" or "masked_convolution"; the latter two are autoregressive and
+        learned.
+    prior_width: of their networks.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        height: int,
+        width: int,
+        pixels: Pixels = "binary",
+        grid: Sequence[int] = (4, 4),
+        codes: int = 8,
+        embedding: int = 32,
+        decoder_width: int = 32,
+        blocks: int = 2,
+        prior: PriorName = "masked_linear",
+        prior_width: int = 64,
+    ):
+        super().__init__()
+        for name, value, least in (
+            ("codes", codes, 2),
+            ("embedding", embedding, 1),
+            ("decoder_width", decoder_width, 1),
+            ("blocks", blocks, 0),
+            ("prior_width", prior_width, 1),
+        ):
+            if value < least:
+                raise UserError(f"model.{name} is {value}; it must be at least {least}")
+        if len(grid) != 2 or min(grid) < 1:
+            raise UserError(f"model.grid={list(grid)}: give its height and width in codes")
+        if prior not in ("uniform", "masked_linear", "masked_convolution"):
+            raise UserError(
+                f"model.prior is {prior!r}; use 'uniform', 'masked_linear' or 'masked_convolution'"
+            )
+        self.grid = (grid[0], grid[1])
+        self.positions = grid[0] * grid[1]
+        self.codes = codes
+        self.pixels = pixels
+        self.image_shape = (channels, height, width)
+        self.codebook = nn.Embedding(codes, embedding)
+        self.likelihood: Likelihood = Bernoulli() if pixels == "binary" else DiscretisedLogistic()
+        self.decoder = upwards(
+            embedding,
+            decoder_width,
+            blocks,
+            self.likelihood.outputs * channels,
+            (height, width),
+            self.grid,
+        )
+        self.prior = prior_named(prior, self.grid, codes, prior_width)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The decoder's parameters, which may decay, and the others, which never do."""
+        others = [*self.codebook.parameters(), *self.prior.parameters()]
+        return [
+            {"params": list(self.decoder.parameters())},
+            {"params": others, "weight_decay": 0.0},
+        ]
+
+    def decode(
+        self, embedded: Float[Tensor, "rows positions embedding"]
+    ) -> Float[Tensor, "rows outputs height width"]:
+        """What the likelihood wants to know of every pixel."""
+        return torch.cat([output for _, output in self._decoded(embedded)])
+
+    def log_joint(self, x: Images, z: Codes) -> Float[Tensor, "batch samples"]:
+        decoded = z.index if z.decoded is None else z.decoded
+        log_prior = self.log_prior(z.index.flatten(0, 1)).unflatten(0, z.index.shape[:2])
+        return log_prior + self.log_reconstruction(x, decoded)
+
+    def log_prior(self, index: Int[Tensor, "rows positions"]) -> Float[Tensor, "rows"]:
+        return self.prior.log_prob(index).sum(-1)
+
+    def log_reconstruction(
+        self, x: Images, index: Int[Tensor, "batch samples positions"]
+    ) -> Float[Tensor, "batch samples"]:
+        """log p(x | z); grids that repeat are decoded once."""
+        batch, samples = index.shape[:2]
+        grids, row = self._distinct(index.flatten(0, 1))
+        image = torch.arange(batch, device=row.device).repeat_interleave(samples)
+        if torch.is_grad_enabled():
+            output = self.decode(self.codebook(grids))
+            return self.likelihood.log_prob(x.pixels, output, image, row).view(batch, samples)
+        order = row.argsort()
+        ends = torch.bincount(row, minlength=len(grids)).cumsum(0)
+        log_p = self.codebook.weight.new_empty(batch * samples)
+        done = 0
+        for first, output in self._decoded(self.codebook(grids)):
+            last = first + len(output)
+            until = int(ends[last - 1])
+            pairs = order[done:until]
+            log_p[pairs] = self.likelihood.log_prob(
+                x.pixels, output, image[pairs], row[pairs] - first
+            )
+            done = until
+        return log_p.view(batch, samples)
+
+    def _decoded(
+        self, embedded: Float[Tensor, "rows positions embedding"]
+    ) -> Iterator[tuple[int, Float[Tensor, "chunk outputs height width"]]]:
+        """The decoder's output a chunk at a time, each after the number of its first row."""
+        first = 0
+        rows = max(CHUNK[embedded.device.type] // (self.image_shape[1] * self.image_shape[2]), 1)
+        for chunk in embedded.split(rows):
+            yield first, self.decoder(chunk.mT.unflatten(2, self.grid))
+            first += len(chunk)
+
+    def _distinct(
+        self, index: Int[Tensor, "rows positions"]
+    ) -> tuple[Int[Tensor, "distinct positions"], Int[Tensor, "rows"]]:
+        """The different grids, and which of them each row is."""
+        if self.codes**self.positions >= 2**63:
+            return torch.unique(index, dim=0, return_inverse=True)
+        place = self.codes ** torch.arange(self.positions, device=index.device)
+        key, row = (index * place).sum(-1).unique(return_inverse=True)
+        return key[:, None] // place % self.codes, row
+
+    @torch.no_grad()
+    def mean_image(
+        self, index: Int[Tensor, "rows positions"]
+    ) -> Float[Tensor, "rows channels height width"]:
+        """E[x | z]."""
+        return self.likelihood.mean(self.decode(self.codebook(index)))
+
+    @torch.no_grad()
+    def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Images, Codes]:
+        index = self.prior.sample(n, generator)
+        pixels = self.likelihood.sample(self.decode(self.codebook(index)), generator)
+        ids = torch.arange(n, device=index.device)
+        return Images(pixels, ids), Codes(index[:, None])
+
+    @property
+    def tractable(self) -> bool:
+        """Whether all grids can be enumerated."""
+        return self.codes**self.positions <= MOST_ENUMERATED
+
+    @property
+    def all_codes(self) -> Int[Tensor, "grids positions"]:
+        """Every grid there is."""
+        place = self.codes ** torch.arange(self.positions, device=self.codebook.weight.device)
+        number = torch.arange(self.codes**self.positions, device=place.device)
+        return number[:, None] // place % self.codes
+
+    def log_joint_all(self, x: Images) -> Float[Tensor, "batch grids"]:
+        """log p(x, z) of every grid; the decoder runs once on all of them."""
+        grids = self.all_codes
+        output = self.decode(self.codebook(grids))
+        batch = len(x)
+        image = torch.arange(batch, device=grids.device).repeat_interleave(len(grids))
+        row = torch.arange(len(grids), device=grids.device).repeat(batch)
+        log_p = self.likelihood.log_prob(x.pixels, output, image, row)
+        return log_p.view(batch, -1) + self.log_prior(grids)
+
+    def log_likelihood(self, x: Images) -> Float[Tensor, "batch"] | None:
+        if not self.tractable:
+            return None
+        return self.log_joint_all(x).logsumexp(-1)
+
+    @torch.no_grad()
+    def sample_posterior(self, x: Images, samples: int) -> Codes:
+        posterior = self.log_joint_all(x).softmax(-1)
+        chosen = torch.multinomial(posterior, samples, replacement=True)
+        return Codes(self.all_codes[chosen])

@@ -1,0 +1,334 @@
+"""q(z | x) over grids of codes: an image encoder and a correction that sees the codes before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from gfn.estimators import DiscretePolicyEstimator
+from gfn.states import DiscreteStates
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gfnem.categorical import sample_categorical
+from gfnem.errors import UserError
+from gfnem.objectives import ScoredTrajectories
+from gfnem.posteriors.gflownet import ON_POLICY, Behaviour, Paths, Policy
+from gfnem.tasks.discrete_vae.causal import CausalLinear
+from gfnem.tasks.discrete_vae.codes import Codes
+from gfnem.tasks.discrete_vae.data import Images
+from gfnem.tasks.discrete_vae.env import GridEnv
+from gfnem.tasks.discrete_vae.layers import downwards
+from gfnem.tasks.discrete_vae.model import DiscreteVAE
+
+
+@dataclass(frozen=True)
+class GridCondition:
+    """A batch of images as policies see it.
+
+    base: logits of each code at each position, from the image alone.
+    given: what the correction takes from the image.
+    """
+
+    x: Images
+    model: DiscreteVAE
+    base: Float[Tensor, "batch positions codes"]
+    given: Float[Tensor, "batch positions hidden"]
+
+    def select(self, rows: Int[Tensor, "rows"]) -> GridCondition:
+        """The same of chosen images, which may repeat."""
+        return GridCondition(self.x.select(rows), self.model, self.base[rows], self.given[rows])
+
+
+class GridPolicy(Policy):
+    """Fills a grid in raster order; the encoder runs once for each image.
+
+    The logits of a code are those that the encoder gives it from the image alone and, with
+    `autoregressive`, a correction that sees the codes placed before and starts at zero.
+
+    channels, height, width, grid, codes, embedding: of the model.
+    encoder_width: channels of the encoder's convolutions.
+    blocks: its residual blocks.
+    hidden: width of the correction's network, which gives log Z(x) and the state flows too.
+    logits: "linear" in the encoder's features, or "distance": - beta |h - e|^2 of a learned
+        projection h of them to the codebook's entries e, as in a VQ-VAE.
+    autoregressive: False for a factorised q.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        height: int,
+        width: int,
+        grid: Sequence[int] = (4, 4),
+        codes: int = 8,
+        embedding: int = 32,
+        encoder_width: int = 32,
+        blocks: int = 2,
+        hidden: int = 64,
+        logits: Literal["linear", "distance"] = "linear",
+        autoregressive: bool = True,
+    ):
+        super().__init__()
+        for name, value, least in (
+            ("encoder_width", encoder_width, 1),
+            ("blocks", blocks, 0),
+            ("hidden", hidden, 1),
+        ):
+            if value < least:
+                raise UserError(f"policy.{name} is {value}; it must be at least {least}")
+        if logits not in ("linear", "distance"):
+            raise UserError(f"policy.logits is {logits!r}; use 'linear' or 'distance'")
+        self.positions = grid[0] * grid[1]
+        self.codes = codes
+        self.embedding = embedding
+        self.logits = logits
+        self.autoregressive = autoregressive
+        self.encoder = downwards(
+            channels, encoder_width, blocks, (height, width), (grid[0], grid[1])
+        )
+        if logits == "linear":
+            self.projection: nn.Module = nn.Linear(encoder_width, codes)
+        else:
+            # Vectors of one length: codebooks that follow them then use all their entries. Less
+            # than three numbers would be left with nothing but signs.
+            scale = nn.LayerNorm(embedding, elementwise_affine=False) if embedding > 2 else None
+            vectors = nn.Linear(encoder_width, embedding)
+            self.projection = nn.Sequential(vectors, *filter(None, [scale]))
+        self.log_beta = nn.Parameter(torch.zeros(())) if logits == "distance" else None
+        self.correction = CausalLinear(self.positions, codes, hidden, context=encoder_width)
+        self.correct = nn.Linear(hidden, codes) if autoregressive else None
+        if self.correct is not None:
+            nn.init.zeros_(self.correct.weight)
+            nn.init.zeros_(self.correct.bias)
+        self.flow = nn.Linear(hidden, 1)
+        self.last_condition: GridCondition | None = None
+        self._envs: dict[str, GridEnv] = {}
+
+    def features(self, x: Images) -> Float[Tensor, "batch positions encoder_width"]:
+        """The encoder's features of each position of the grid."""
+        return self.encoder(x.pixels).flatten(2).mT
+
+    def base_logits(
+        self, model: DiscreteVAE, projected: Float[Tensor, "batch positions width"]
+    ) -> Float[Tensor, "batch positions codes"]:
+        """Logits of a factorised q, from the projected features."""
+        if self.log_beta is None:
+            return projected
+        entries = model.codebook.weight.detach()
+        # |h|^2 is the same for all entries.
+        distance = entries.square().sum(-1) - 2 * projected @ entries.t()
+        return -self.log_beta.exp() * distance
+
+    def condition(self, model: DiscreteVAE, x: Images) -> GridCondition:
+        features = self.features(x)
+        base = self.base_logits(model, self.projection(features))
+        self.last_condition = GridCondition(x, model, base, self.correction.given(features))
+        return self.last_condition
+
+    def draw(
+        self, condition: GridCondition, samples: int, temperature: float = 1.0
+    ) -> tuple[Codes, Float[Tensor, "batch samples"]]:
+        """Grids drawn from q at a temperature, and the log-probabilities with which they were."""
+        with torch.no_grad():
+            index = self._draw(condition, samples, Behaviour(temperature))
+            log_q = self._log_probabilities(condition, index, temperature).sum(-1)
+        return Codes(index), log_q
+
+    @torch.no_grad()
+    def most_likely(self, condition: GridCondition) -> Codes:
+        """The most likely code, position by position."""
+        return Codes(self._draw(condition, 1, None))
+
+    @torch.no_grad()
+    def _draw(
+        self,
+        condition: GridCondition,
+        samples: int,
+        behaviour: Behaviour | None,
+        kept: Int[Tensor, "batch samples before"] | None = None,
+    ) -> Int[Tensor, "batch samples positions"]:
+        """Fill grids, behind the codes kept; behaviour None takes the most likely codes."""
+        batch = len(condition.x)
+        shape = (batch, samples)
+        first = 0 if kept is None else kept.shape[-1]
+        if self.correct is None:
+            index = self._choose(condition.base[:, None, first:].expand(*shape, -1, -1), behaviour)
+            return index if kept is None else torch.cat([kept, index], -1)
+        base = condition.base.repeat_interleave(samples, 0)
+        given = condition.given.repeat_interleave(samples, 0)
+        index = base.new_zeros(len(base), 0, dtype=torch.long)
+        if kept is not None:
+            index = kept.flatten(0, 1)
+        one_hot = functional.one_hot(index, self.codes).to(base.dtype)
+        for position in range(first, self.positions):
+            hidden = self.correction.at(position, one_hot, given)
+            chosen = self._choose(base[:, position] + self.correct(hidden), behaviour)[:, None]
+            index = torch.cat([index, chosen], 1)
+            one_hot = torch.cat([one_hot, functional.one_hot(chosen, self.codes).to(base.dtype)], 1)
+        return index.view(*shape, -1)
+
+    def _choose(
+        self, logits: Float[Tensor, "*batch codes"], behaviour: Behaviour | None
+    ) -> Int[Tensor, "*batch"]:
+        if behaviour is None:
+            return logits.argmax(-1)
+        weights = (logits / behaviour.temperature).softmax(-1)
+        if behaviour.epsilon > 0:
+            weights = (1 - behaviour.epsilon) * weights + behaviour.epsilon / self.codes
+        return sample_categorical(weights)
+
+    def _log_probabilities(
+        self,
+        condition: GridCondition,
+        index: Int[Tensor, "batch samples positions"],
+        temperature: float = 1.0,
+    ) -> Float[Tensor, "batch samples positions"]:
+        """log q of each code given those before it, all positions in one pass."""
+        logits = condition.base[:, None]
+        if self.correct is not None:
+            logits = logits + self.correct(self._hidden(condition, index))
+        log_q = (logits / temperature).log_softmax(-1).expand(*index.shape, -1)
+        return log_q.gather(-1, index[..., None]).squeeze(-1)
+
+    def _hidden(
+        self, condition: GridCondition, index: Int[Tensor, "batch samples positions"]
+    ) -> Float[Tensor, "batch samples positions hidden"]:
+        samples = index.shape[1]
+        one_hot = functional.one_hot(index.flatten(0, 1), self.codes).to(condition.given.dtype)
+        given = condition.given.repeat_interleave(samples, 0)
+        return self.correction(one_hot, given).unflatten(0, index.shape[:2])
+
+    def _paths(
+        self,
+        condition: GridCondition,
+        index: Int[Tensor, "batch samples positions"],
+        temperature: float = 1.0,
+        score_from: int = 0,
+    ) -> Paths:
+        log_q = self._log_probabilities(condition, index, temperature)
+        log_q = torch.cat([log_q, torch.zeros_like(log_q[..., :1])], -1)
+        if score_from:
+            log_q = log_q.index_fill(-1, torch.arange(score_from, device=log_q.device), 0.0)
+        forward = log_q.movedim(-1, 0)
+        codes = Codes(index)
+        with torch.no_grad():
+            log_joint = condition.model.log_joint(condition.x, codes)
+        return Paths(
+            z=codes,
+            log_joint=log_joint,
+            log_forward=forward,
+            log_backward=torch.zeros_like(forward),
+            flows=lambda: self._flows(condition, index, log_joint),
+            record=index,
+        )
+
+    def sample(
+        self, condition: GridCondition, samples: int, behaviour: Behaviour = ON_POLICY
+    ) -> Paths:
+        return self._paths(condition, self._draw(condition, samples, behaviour))
+
+    def retrace(self, condition: GridCondition, z: Codes) -> Paths:
+        return self._paths(condition, z.index)
+
+    def log_forward(self, condition: GridCondition, z: Codes) -> Float[Tensor, "batch samples"]:
+        return self._log_probabilities(condition, z.index).sum(-1)
+
+    @torch.no_grad()
+    def regrow(
+        self, condition: GridCondition, z: Codes, depth: int, temperature: float = 1.0
+    ) -> tuple[Paths, Paths]:
+        keep = max(self.positions - depth, 0)
+        new = self._draw(condition, z.index.shape[1], Behaviour(temperature), z.index[..., :keep])
+        old, grown = (
+            self._paths(condition, index, temperature, score_from=keep) for index in (z.index, new)
+        )
+        return old, grown
+
+    def _flows(
+        self,
+        condition: GridCondition,
+        index: Int[Tensor, "batch samples positions"],
+        log_joint: Float[Tensor, "batch samples"],
+    ) -> tuple[Float[Tensor, "steps rows"], Float[Tensor, "steps rows"]]:
+        """Learned log flow of the states before each action, and log p of the codes placed there.
+
+        What a code says of the image is not known before the grid is full, its prior is.
+        """
+        # A position's features may not see all of the image, which log Z(x) depends on.
+        hidden = self._hidden(condition, index) + condition.given.mean(1)[:, None, None]
+        learned = self.flow(hidden).squeeze(-1).flatten(0, 1).t()
+        with torch.no_grad():
+            placed = condition.model.prior.log_prob(index.flatten(0, 1)).cumsum(-1).t()
+        none = torch.zeros_like(learned[:1])
+        fixed = torch.cat([none, placed[:-1], log_joint.flatten()[None]])
+        return torch.cat([learned, none]), fixed
+
+    def trajectories(self, condition: GridCondition, paths: Paths) -> ScoredTrajectories:
+        index: Tensor = paths.record
+        samples = index.shape[1]
+        rows = index.flatten(0, 1)
+        env = self._env(rows.device)
+        step = torch.arange(self.positions + 2, device=rows.device)[:, None, None]
+        position = torch.arange(self.positions, device=rows.device)
+        states = torch.where(position < step, rows, -1)
+        states = torch.where(step > self.positions, env.sf, states)
+        action = torch.cat([rows.t(), torch.full_like(rows[:, :1].t(), env.n_actions - 1)])
+        image = torch.arange(len(index), device=rows.device).repeat_interleave(samples)
+        conditions = image[:, None].to(torch.get_default_dtype())
+        return ScoredTrajectories(
+            env=env,
+            states=env.States(states, conditions=conditions.expand(len(states), -1, -1)),
+            actions=env.actions_from_tensor(action[..., None]),
+            terminating_idx=torch.full_like(image, self.positions + 1),
+            log_rewards=paths.log_joint.flatten(),
+            log_probs=paths.log_forward.flatten(1),
+            log_pb=paths.log_backward.flatten(1),
+            flows=paths.flows,
+        )
+
+    def _env(self, device: torch.device) -> GridEnv:
+        if str(device) not in self._envs:
+            self._envs[str(device)] = GridEnv(self.positions, self.codes, device)
+        return self._envs[str(device)]
+
+    def estimators(self) -> tuple[GridEstimator, GridEstimator]:
+        return GridEstimator(self, is_backward=False), GridEstimator(self, is_backward=True)
+
+    def flow_parameters(self) -> list[nn.Parameter]:
+        return list(self.flow.parameters())
+
+
+class GridEstimator(DiscretePolicyEstimator):
+    """P_F or P_B at given states of a `GridEnv`, for torchgfn's own samplers.
+
+    The states' images are rows of the batch that the policy has last seen (`condition`).
+    """
+
+    def __init__(self, policy: GridPolicy, is_backward: bool):
+        module: Any = nn.Identity()
+        module.input_dim = 1
+        super().__init__(module, n_actions=policy.codes + 1, is_backward=is_backward)
+        # Not a submodule: the policy owns its parameters.
+        self._policy = (policy,)
+
+    def forward(
+        self, states: DiscreteStates, conditions: Float[Tensor, "*batch 1"]
+    ) -> Float[Tensor, "*batch actions"]:
+        (policy,) = self._policy
+        assert policy.last_condition is not None, "the policy has seen no batch yet"
+        shape = states.batch_shape
+        if self.is_backward:
+            return conditions.new_zeros(*shape, policy.codes)
+        condition = policy.last_condition.select(conditions[..., 0].long().flatten())
+        filled = states.tensor.reshape(-1, policy.positions)
+        here = (filled >= 0).sum(-1).clamp(max=policy.positions - 1)
+        logits = condition.base
+        if policy.correct is not None:
+            hidden = policy._hidden(condition, filled.clamp(min=0)[:, None]).squeeze(1)
+            logits = logits + policy.correct(hidden)
+        logits = logits[torch.arange(len(here), device=here.device), here]
+        return torch.cat([logits, torch.zeros_like(logits[:, :1])], -1).view(*shape, -1)

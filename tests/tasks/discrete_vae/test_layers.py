@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from gfnem.errors import UserError
+from gfnem.tasks.discrete_vae.layers import downwards, halvings, upwards
+
+WAYS = {
+    ((28, 28), (4, 4)): [(28, 28), (14, 14), (7, 7), (4, 4)],
+    ((28, 28), (7, 7)): [(28, 28), (14, 14), (7, 7)],
+    ((8, 8), (2, 2)): [(8, 8), (4, 4), (2, 2)],
+    ((8, 8), (8, 8)): [(8, 8)],
+    ((8, 8), (1, 1)): [(8, 8), (4, 4), (2, 2), (1, 1)],
+    ((32, 20), (4, 5)): [(32, 20), (16, 10), (8, 5), (4, 5)],
+    ((5, 9), (5, 2)): [(5, 9), (5, 5), (5, 3), (5, 2)],
+}
+
+
+@pytest.mark.parametrize("image, grid", WAYS)
+def test_halvings(image, grid):
+    assert halvings(image, grid) == WAYS[image, grid]
+
+
+@pytest.mark.parametrize("image, grid", WAYS)
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_sizes_of_networks_down_and_up(image, grid, channels):
+    down = downwards(channels, 4, 1, image, grid)
+    features = down(torch.rand(2, channels, *image))
+    assert features.shape == (2, 4, *grid)
+    up = upwards(4, 6, 1, 2 * channels, image, grid)
+    assert up(features).shape == (2, 2 * channels, *image)
+
+
+@pytest.mark.parametrize("image, grid", WAYS)
+def test_every_pixel_and_every_position_matters(image, grid):
+    torch.manual_seed(0)
+    pixels = torch.rand(1, 1, *image, dtype=torch.float64, requires_grad=True)
+    down = downwards(1, 16, 1, image, grid).double()
+    (gradient,) = torch.autograd.grad(down(pixels).square().sum(), pixels)
+    assert (gradient != 0).all()
+    embedded = torch.randn(1, 4, *grid, dtype=torch.float64, requires_grad=True)
+    up = upwards(4, 16, 1, 1, image, grid).double()
+    (gradient,) = torch.autograd.grad(up(embedded).square().sum(), embedded)
+    assert (gradient != 0).all()
+    # The biases begin at zero: only what a pixel sees of the grid makes it differ from zero.
+    assert (up(embedded) != 0).all()
+
+
+@pytest.mark.parametrize("image, grid", WAYS)
+@torch.no_grad()
+def test_activations_keep_their_scale(image, grid):
+    torch.manual_seed(0)
+    features = downwards(1, 64, 0, image, grid)(torch.randn(8, 1, *image))
+    assert 0.05 < float(features.square().mean()) < 5
+    output = upwards(4, 64, 0, 8, image, grid)(torch.randn(8, 4, *grid))
+    assert 0.2 < float(output.square().mean()) < 8
+
+
+def test_no_blocks_and_more_blocks():
+    sizes = [
+        sum(p.numel() for p in downwards(1, 4, blocks, (8, 8), (2, 2)).parameters())
+        for blocks in (0, 1, 3)
+    ]
+    # 4 x 4 weights of 3 x 3 and of 1 x 1, and two biases of 4.
+    assert [size - sizes[0] for size in sizes] == [0, 168, 3 * 168]
+
+
+@pytest.mark.parametrize("grid", [(3, 5), (4, 4), (29, 29)])
+def test_grids_that_halving_does_not_lead_to(grid):
+    message = (
+        f"model.grid={list(grid)}: images of 28 x 20 are halved, rounding up; sizes that can be "
+        "reached are 28, 14, 7, 4, 2, 1 in height and 20, 10, 5, 3, 2, 1 in width"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        halvings((28, 20), grid)
