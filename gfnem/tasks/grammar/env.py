@@ -30,11 +30,12 @@ class Forest:
     tree is complete, and choosing it changes nothing.
 
     start, end: first word and one past the last word of the node.
-    left, right: its children; -1 for a word.
+    left, right: its children; -1 for a word. Kept with the messages alone.
     message: probability of its words given its label, labels below summed (or, in labelled
         forests, given the labels below), scaled to maximum 1; log_scale is the factor's logarithm.
         In a labelled forest the message of a node that was made is one-hot.
     time: the number of merges before the one that closed the gap.
+    made: the number of merges of each row, those behind the end among them.
     """
 
     def __init__(self, potentials: Potentials, samples: int, labelled: bool, messages: bool = True):
@@ -49,18 +50,18 @@ class Forest:
         self.rows = torch.arange(batch * samples, device=device)
         self.steps = length - 1
         self.exit = length - 1
-        self.made = 0
+        self.made = torch.zeros_like(self.rows)
         gap = torch.arange(length, device=device)
         self.start = gap.repeat(len(self.rows), 1)
         self.end = self.start + 2
-        self.left = torch.full_like(self.start, -1)
-        self.right = torch.full_like(self.start, -1)
         self.labels = torch.full_like(self.start, -1)
         self.time = torch.full_like(self.start, LATER)
         self.exists = gap < (self.lengths - 1)[:, None]
         self._messages = messages
         if not messages:
             return
+        self.left = torch.full_like(self.start, -1)
+        self.right = torch.full_like(self.start, -1)
         largest = potentials.both.amax(-1, keepdim=True)
         unit = torch.where(largest > 0, largest, 1.0)
         nonterminals = potentials.root.shape[0]
@@ -72,6 +73,32 @@ class Forest:
         self.message = self.message[self.sentence]
         self.log_scale = self.log_scale[self.sentence]
         self._flat_rules = potentials.rules.reshape(nonterminals, -1).t()
+
+    def begin_within(
+        self,
+        trees: Trees,
+        time: Int[Tensor, "rows gaps"],
+        made: Int[Tensor, "rows"],
+    ) -> None:
+        """Put each row after the first `made` merges of a tree; for forests without messages."""
+        assert not self._messages
+        closed = time < made[:, None]
+        is_open = self.exists[:, :-1] & ~closed
+        # A node of an open gap would reach to the next open gaps on both sides.
+        boundary = torch.arange(1, self.steps + 1, device=time.device)
+        last = torch.where(is_open, boundary, 0).cummax(-1).values
+        following = torch.where(is_open, boundary, self.lengths[:, None])
+        following = following.flip(-1).cummin(-1).values.flip(-1)
+        self.start[:, 0] = 0
+        self.start[:, 1:-1] = last[:, :-1]
+        self.end[:, :-2] = following[:, 1:]
+        self.end[:, -2] = self.lengths
+        for kept, of_tree in ((self.start, trees.start), (self.end, trees.end)):
+            kept[:, :-1] = torch.where(closed, of_tree.flatten(0, 1), kept[:, :-1])
+        if trees.labels is not None:
+            self.labels[:, :-1] = torch.where(closed, trees.labels.flatten(0, 1), -1)
+        self.time[:, :-1] = torch.where(closed, time, LATER)
+        self.made = made.clone()
 
     @property
     def open(self) -> Bool[Tensor, "rows slots"]:
@@ -98,14 +125,14 @@ class Forest:
             self.log_scale[rows, gap] += torch.where(final, 0.0, weight.log())
             one_hot = torch.nn.functional.one_hot(label, self.message.shape[-1])
             self.message[rows, gap] = one_hot.to(self.message.dtype)
-        self.made += 1
+        self.made = self.made + 1
         before = torch.where(final | (start == 0), self.exit, start - 1)
         after = torch.where(final | (end >= self.lengths), self.exit, end - 1)
         self.end[rows, before] = end
-        self.right[rows, before] = gap
         self.start[rows, after] = start
-        self.left[rows, after] = gap
         if self._messages:
+            self.right[rows, before] = gap
+            self.left[rows, after] = gap
             self._send(gap, before, after)
         return before, after
 

@@ -88,6 +88,16 @@ class Merges:
     labels: Int[Tensor, "rows steps"]
     time: Int[Tensor, "rows gaps"]
 
+    @staticmethod
+    def of(time: Int[Tensor, "rows gaps"], labels: Int[Tensor, "rows gaps"] | None) -> Merges:
+        """The order in which gaps were closed, and the labels of the nodes made there."""
+        gaps = time.argsort(dim=-1, stable=True)
+        inside = time.gather(1, gaps) < LATER
+        chosen = torch.zeros_like(gaps)
+        if labels is not None:
+            chosen = torch.where(inside, labels.gather(1, gaps), 0)
+        return Merges(torch.where(inside, gaps, gaps.shape[1]), chosen, time)
+
 
 class ActionScores(ABC):
     """A policy's logits along one rollout."""
@@ -265,7 +275,7 @@ class ForestPolicy(Policy):
                     gap, label, log_p = forced.gaps[:, step], forced.labels[:, step], None
                 else:
                     action, log_p = self._act(
-                        scores, step, behaviour, forced, keep, score_from, temperature
+                        scores, behaviour, step, forced, keep, score_from, temperature
                     )
                     gap, label = action // self.symbols, action % self.symbols
                 before, after = forest.merge(gap, label if self.labelled else None)
@@ -279,12 +289,23 @@ class ForestPolicy(Policy):
             forward = scores.log_forward(merges)
         else:
             forward = torch.stack(log_forward)
-        trees = forest.trees()
+        return self._paths(condition, forest.trees(), merges, forward, score_from)
+
+    def _paths(
+        self,
+        condition: ForestCondition,
+        trees: Trees,
+        merges: Merges,
+        forward: Float[Tensor, "steps rows"],
+        score_from: Int[Tensor, "rows"] | None = None,
+    ) -> Paths:
+        """All there is to say of trajectories whose log P_F is known."""
         with torch.no_grad():
             node_scores, log_joint = inside_scores(condition.potentials, trees)
+        samples = trees.start.shape[1]
         backward = self._log_backward(condition, trees, merges)
         if score_from is not None:
-            steps = torch.arange(forest.steps, device=backward.device)
+            steps = torch.arange(len(backward), device=backward.device)
             backward = backward.masked_fill(steps[:, None] < score_from, 0.0)
         exit_step = torch.zeros_like(forward[:1])
 
@@ -303,14 +324,14 @@ class ForestPolicy(Policy):
     def _act(
         self,
         scores: ActionScores,
-        step: int,
         behaviour: Behaviour,
-        forced: Merges | None,
-        keep: Int[Tensor, "rows"] | None,
-        score_from: Int[Tensor, "rows"] | None,
-        temperature: float,
+        step: int = 0,
+        forced: Merges | None = None,
+        keep: Int[Tensor, "rows"] | None = None,
+        score_from: Int[Tensor, "rows"] | None = None,
+        temperature: float = 1.0,
     ) -> tuple[Int[Tensor, "rows"], Float[Tensor, "rows"]]:
-        """The actions of one step, flat, and their log P_F."""
+        """The actions of one step, flat, and their log P_F; the other arguments are `_roll`'s."""
         forest = scores.forest
         is_open = forest.open
         rows = None
@@ -350,16 +371,8 @@ class ForestPolicy(Policy):
             rank = draw(condition, trees, z.start.shape[1])
         exists = trees.exists.squeeze(1)
         time = torch.where(exists, rank, LATER)
-        gaps = time.argsort(dim=-1, stable=True)
-        steps = torch.arange(gaps.shape[1], device=gaps.device)
-        inside = steps < exists.sum(-1, keepdim=True)
-        gaps = torch.where(inside, gaps, gaps.shape[1])
-        if z.labels is None or not self.labelled:
-            labels = torch.zeros_like(gaps)
-        else:
-            labels = z.labels.flatten(0, 1).gather(1, gaps.clamp(max=gaps.shape[1] - 1))
-            labels = torch.where(inside, labels, 0)
-        return Merges(gaps, labels, time)
+        labels = trees.labels.squeeze(1) if trees.labels is not None and self.labelled else None
+        return Merges.of(time, labels)
 
     def _learned_order(
         self, condition: ForestCondition, trees: Trees, samples: int
@@ -435,12 +448,7 @@ class ForestPolicy(Policy):
         samples = trees.start.shape[1]
         sentence = _sentence(condition, samples)
         encoding = condition.encoding
-        word = torch.arange(start.shape[1] + 1, device=start.device).expand(len(start), -1)
-        time = torch.cat([torch.full_like(word, -1), merges.time], 1)
-        parent = parents_time(
-            torch.cat([word, start], 1), torch.cat([word + 1, end], 1), merges.time, rows.lengths
-        )
-        exists = torch.cat([word < rows.lengths[:, None], rows.exists.squeeze(1)], 1)
+        made, merged = lifetimes(trees, merges.time)
         label = torch.zeros_like(start) if rows.labels is None else rows.labels.squeeze(1)
         spans = encoding.index[start, end]
         flow = torch.cat(
@@ -452,7 +460,7 @@ class ForestPolicy(Policy):
         )
         partial = torch.cat([condition.potentials.log_word[sentence], node_scores.flatten(0, 1)], 1)
         step = torch.arange(start.shape[1] + 1, device=start.device)[:, None, None]
-        is_root = exists & (time < step) & (parent >= step)
+        is_root = (made < step) & (merged >= step)
         complete = step.squeeze(-1) >= rows.lengths - 1
         learned = torch.where(is_root, flow, 0.0).sum(-1)
         fixed = torch.where(is_root, partial, 0.0).sum(-1)
@@ -505,6 +513,24 @@ def _mask(logits: Tensor, legal: Tensor, exit_slot: int) -> Tensor:
     certain = torch.full_like(logits[:, exit_slot], -torch.inf)
     certain[:, 0] = torch.where(legal[:, exit_slot], 0.0, -torch.inf)
     return torch.cat([logits[:, :exit_slot], certain[:, None]], 1)
+
+
+def lifetimes(
+    trees: Trees, time: Int[Tensor, "rows gaps"]
+) -> tuple[Int[Tensor, "rows items"], Int[Tensor, "rows items"]]:
+    """The steps that make each word and node a root, -1 for words, and that merge it into another.
+
+    Words come first. An item is a root before step s when made < s <= merged; one that the
+    sentence does not have is never made.
+    """
+    rows = _flat(trees)
+    start, end = rows.start.squeeze(1), rows.end.squeeze(1)
+    word = torch.arange(start.shape[1] + 1, device=start.device).expand(len(start), -1)
+    made = torch.where(word < rows.lengths[:, None], -1, LATER)
+    merged = parents_time(
+        torch.cat([word, start], 1), torch.cat([word + 1, end], 1), time, rows.lengths
+    )
+    return torch.cat([made, time], 1), merged
 
 
 def _flat(trees: Trees) -> Trees:

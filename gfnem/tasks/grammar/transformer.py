@@ -7,15 +7,19 @@ their own. Nothing of the grammar enters but through the reward.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gfnem.errors import UserError
-from gfnem.posteriors.gflownet import Paths
+from gfnem.posteriors.gflownet import Behaviour, Paths
 from gfnem.tasks.grammar.env import Forest
+from gfnem.tasks.grammar.jagged import Groups, JaggedTransformer
 from gfnem.tasks.grammar.messages import Levels
 from gfnem.tasks.grammar.policy import (
     ForestCondition,
@@ -23,10 +27,9 @@ from gfnem.tasks.grammar.policy import (
     Latent,
     Merges,
     ScoresAtOnce,
+    lifetimes,
 )
-
-# Groups of states that go through the transformer together when a rollout is scored.
-CHUNKS = 4
+from gfnem.tasks.grammar.tree import Trees
 
 
 class TransformerPolicy(ForestPolicy):
@@ -67,12 +70,7 @@ class TransformerPolicy(ForestPolicy):
         self.compose = nn.Sequential(
             nn.LayerNorm(3 * width), nn.Linear(3 * width, width), nn.ReLU(), nn.Linear(width, width)
         )
-        layer = nn.TransformerEncoderLayer(
-            width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True
-        )
-        self.transformer = nn.TransformerEncoder(
-            layer, layers, nn.LayerNorm(width), enable_nested_tensor=False
-        )
+        self.transformer = JaggedTransformer(width, layers, heads)
         self.pair = nn.Linear(2 * width, width)
         self.merge = nn.Linear(width, 1)
         self.name = nn.Linear(width, self.symbols)
@@ -85,30 +83,132 @@ class TransformerPolicy(ForestPolicy):
     def scores(self, condition: ForestCondition, forest: Forest) -> ScoresAtOnce:
         return _TransformerScores(self, condition, forest)
 
-    def contextual(
-        self, tokens: Float[Tensor, "states roots width"], padding: Bool[Tensor, "states roots"]
-    ) -> Float[Tensor, "states roots width"]:
-        """The transformer over the roots of each state."""
-        if torch.is_grad_enabled():
+    def retrace(self, condition: ForestCondition, z: Trees) -> Paths:
+        """No rollout: the states of given trajectories are known."""
+        trees, merges = self._reordered(condition, z)
+        return self._paths(condition, trees, merges, self.log_forward(condition, trees, merges))
+
+    @torch.no_grad()
+    def regrow(
+        self, condition: ForestCondition, z: Trees, depth: int, temperature: float = 1.0
+    ) -> tuple[Paths, Paths]:
+        old, merges = self._reordered(condition, z)
+        samples = z.start.shape[1]
+        parting = (condition.lengths - 1 - depth).clamp(min=0).repeat_interleave(samples)
+        forest = Forest(condition.potentials, samples, self.labelled, messages=False)
+        forest.begin_within(old, merges.time, parting)
+        with self._weights_cast_once():
+            scores = _TransformerScores(self, condition, forest)
+            walked = scores.begin_within(old, merges, parting, temperature)
+            regrown = torch.zeros_like(walked)
+            for _ in range(min(depth, forest.steps)):
+                step = forest.made.clamp(max=forest.steps - 1)
+                action, log_p = self._act(scores, Behaviour(temperature), temperature=temperature)
+                regrown[step, forest.rows] += log_p
+                gap, label = action // self.symbols, action % self.symbols
+                before, after = forest.merge(gap, label if self.labelled else None)
+                scores.merged(gap, label, before, after)
+        new = forest.trees()
+        time = forest.time[:, :-1]
+        again = Merges.of(time, forest.labels[:, :-1] if self.labelled else None)
+        return (
+            self._paths(condition, old, merges, walked, parting),
+            self._paths(condition, new, again, regrown, parting),
+        )
+
+    def _reordered(self, condition: ForestCondition, z: Trees) -> tuple[Trees, Merges]:
+        """Trees as this policy builds them, and orders to do so, drawn from P_B."""
+        trees = z if self.labelled else Trees(z.start, z.end, z.lengths)
+        return trees, self._orders(condition, trees)
+
+    def _roll(self, *args, **options) -> Paths:
+        with self._weights_cast_once():
+            return super()._roll(*args, **options)
+
+    def log_forward(
+        self, condition: ForestCondition, trees: Trees, merges: Merges
+    ) -> Float[Tensor, "steps rows"]:
+        """log P_F of each merge, differentiable; 0 behind the end."""
+        row, step = (merges.gaps < merges.gaps.shape[1]).nonzero(as_tuple=True)
+        states = _States.of(row, _roots(trees, merges.time, row, step))
+        row, step = states.row, step[states.order]
+        with self._weights_cast_once():
+            pair = self.pairs(self.embedded(condition, trees), states)
+            chosen = states.gap == merges.gaps[row, step][states.of_pair]
             with self.autocast(True):
-                return self.transformer(tokens, src_key_padding_mask=padding)
-        # Without dropout evaluation computes the same, and torch's fused layers, a third faster,
-        # are those of evaluation without gradients.
-        network = self._rounded() if self.precision == "bfloat16" else self.transformer.eval()
-        dtype = next(network.parameters()).dtype
-        hidden = network(tokens.to(dtype), src_key_padding_mask=padding).to(tokens.dtype)
-        self.transformer.train()
-        return hidden
+                merge, name = self.merge(pair), self.name(pair[chosen])
+        # Unnormalised over the labels of a merge, log P_F is that of the merge, then of the label.
+        precision = self.word.weight.dtype
+        merge = merge.squeeze(1).to(precision)
+        among = merge.new_full((len(row), merges.gaps.shape[1]), -torch.inf)
+        total = among.index_put((states.of_pair, states.gap), merge).logsumexp(-1)
+        label = merges.labels[row, step][:, None]
+        named = name.to(precision).log_softmax(-1).gather(1, label).squeeze(1)
+        log_p = merge[chosen] - total + named
+        return log_p.new_zeros(merges.gaps.t().shape).index_put((step, row), log_p)
+
+    def embedded(
+        self, condition: ForestCondition, trees: Trees
+    ) -> Float[Tensor, "rows positions width"]:
+        """Embeddings of the words and all nodes of trees."""
+        levels = Levels.of(trees)
+        samples, slots = trees.start.shape[1], trees.start.shape[2] + 1
+        words = self.word(condition.sentences.words).repeat_interleave(samples, 0)
+        known = words.flatten(0, 1)
+        offset = levels.row * slots
+        label = torch.zeros_like(levels.row)
+        if trees.labels is not None:
+            label = trees.labels.flatten(0, 1)[levels.row, levels.gap]
+        # Positions of the children in `known`: words first, then nodes in the order of levels.
+        left = torch.where(levels.left < 0, offset + levels.gap, len(known) + levels.left)
+        right = torch.where(levels.right < 0, offset + levels.gap + 1, len(known) + levels.right)
+        for first, behind in levels.heights:
+            nodes = slice(first, behind)
+            made = self.composed(label[nodes], known[left[nodes]], known[right[nodes]])
+            known = torch.cat([known, made])
+        at = levels.row, slots + levels.gap
+        table = torch.cat([words, torch.zeros_like(words)], 1)
+        return table.index_put(at, known[words.shape[0] * slots :])
+
+    def composed(
+        self,
+        label: Int[Tensor, "nodes"],
+        left: Float[Tensor, "nodes width"],
+        right: Float[Tensor, "nodes width"],
+    ) -> Float[Tensor, "nodes width"]:
+        """Embeddings of nodes over these children."""
+        name = self.label(label)
+        with self.autocast(True):
+            return name + self.compose(torch.cat([name, left, right], -1)).to(name.dtype)
+
+    def pairs(
+        self, embedding: Float[Tensor, "rows positions width"], states: _States
+    ) -> Float[Tensor, "pairs width"]:
+        """What the transformer says of each two neighbouring roots."""
+        at = states.row[states.state] * embedding.shape[1] + states.at
+        tokens = nn.functional.embedding(at, embedding.flatten(0, 1)) + self.position(states.place)
+        with self.autocast(True):
+            hidden = self._contextual(tokens, states.groups)
+            both = torch.cat([hidden[states.left], hidden[states.left + 1]], -1)
+            return self.pair(both).relu()
+
+    def _contextual(
+        self, tokens: Float[Tensor, "tokens width"], groups: Groups
+    ) -> Float[Tensor, "tokens width"]:
+        """The transformer over the roots of each state, all in the policy's precision."""
+        if self.precision == "float32":
+            return self.transformer(tokens, groups)
+        network = self.transformer if torch.is_grad_enabled() else self._rounded()
+        return network(tokens.bfloat16(), groups)
 
     def _rounded(self) -> nn.Module:
         """The transformer in bfloat16, rounded anew when a parameter has changed.
 
-        Autocast would round all weights at every step of a rollout without gradients.
+        Autocast would round all weights in every rollout.
         """
         version = sum(p._version for p in self.transformer.parameters())
         if self._rounding is None or self._rounding[0] != version:
-            network = copy.deepcopy(self.transformer).bfloat16().eval()
-            self._rounding = (version, network)
+            self._rounding = (version, copy.deepcopy(self.transformer).bfloat16())
         return self._rounding[1]
 
     def autocast(self, enabled: bool) -> torch.autocast:
@@ -117,11 +217,82 @@ class TransformerPolicy(ForestPolicy):
             device, torch.bfloat16, enabled=enabled and self.precision == "bfloat16"
         )
 
-    def _roll(self, *args, **options) -> Paths:
-        # With gradients weights are cast once for a rollout, as autocast keeps them until the
-        # outer context ends; messages of the grammar stay in full precision.
+    @contextmanager
+    def _weights_cast_once(self) -> Iterator[None]:
+        """Autocast keeps cast weights until the outermost context ends; all else stays as it is."""
         with self.autocast(True), self.autocast(False):
-            return super()._roll(*args, **options)
+            yield
+
+
+@dataclass(frozen=True)
+class _States:
+    """States of forests, those with most roots first, and the roots of all as one list.
+
+    order: positions of these states among those that were given.
+    row: of each state.
+    groups: (number of states, their number of roots).
+    state, at, place: of each root the state, its position among the row's words and nodes, and how
+        many roots are left of it.
+    left: positions in the list of the roots that have another one on their right: the pairs.
+    gap: between the two roots of each pair.
+    """
+
+    order: Int[Tensor, "states"]
+    row: Int[Tensor, "states"]
+    groups: Groups
+    state: Int[Tensor, "roots"]
+    at: Int[Tensor, "roots"]
+    place: Int[Tensor, "roots"]
+    left: Int[Tensor, "pairs"]
+    gap: Int[Tensor, "pairs"]
+
+    @staticmethod
+    def of(row: Int[Tensor, "states"], root: Int[Tensor, "states words"]) -> _States:
+        """root: position of the root that starts at each word; -1 where none does."""
+        count, order = (root >= 0).sum(-1).sort(descending=True, stable=True)
+        root = root[order]
+        state, word = (root >= 0).nonzero(as_tuple=True)
+        first = count.cumsum(0) - count
+        left = (state[1:] == state[:-1]).nonzero().squeeze(1)
+        lengths, counts = count.unique_consecutive(return_counts=True)
+        return _States(
+            order=order,
+            row=row[order],
+            groups=list(zip(counts.tolist(), lengths.tolist(), strict=True)),
+            state=state,
+            at=root[state, word],
+            place=torch.arange(len(state), device=row.device) - first[state],
+            left=left,
+            # The gap between two roots lies before the second one's first word.
+            gap=word[left + 1] - 1,
+        )
+
+    @property
+    def of_pair(self) -> Int[Tensor, "pairs"]:
+        """The state of each pair."""
+        return self.state[self.left]
+
+
+def _roots(
+    trees: Trees,
+    time: Int[Tensor, "rows gaps"],
+    row: Int[Tensor, "states"],
+    step: Int[Tensor, "states"],
+) -> Int[Tensor, "states words"]:
+    """Positions among words and nodes of the roots before some steps of some rows.
+
+    Each root stands at its first word; -1 where no root starts.
+    """
+    made, merged = lifetimes(trees, time)
+    start = trees.start.flatten(0, 1)
+    words = start.shape[1] + 1
+    word = torch.arange(words, device=start.device).expand(len(start), -1)
+    first = torch.cat([word, start], 1)[row]
+    is_root = (made[row] < step[:, None]) & (merged[row] >= step[:, None])
+    item = torch.arange(first.shape[1], device=start.device).expand_as(first)
+    # What is no root goes to one more place, which is cut off.
+    root = torch.full((len(row), words + 1), -1, device=start.device)
+    return root.scatter(1, torch.where(is_root, first, words), item)[:, :-1]
 
 
 class _TransformerScores(ScoresAtOnce):
@@ -140,100 +311,63 @@ class _TransformerScores(ScoresAtOnce):
         self.embedding = torch.cat([embedded, torch.zeros_like(embedded)], 1)
         word = torch.arange(self.length, device=words.device)
         self.root = torch.where(word < forest.lengths[:, None], word, -1)
-        self.seen: list[Tensor] = []
+        # Of the present states, where they are known already.
+        self.known: Tensor | None = None
+
+    def begin_within(
+        self, trees: Trees, merges: Merges, made: Int[Tensor, "rows"], temperature: float
+    ) -> Float[Tensor, "steps rows"]:
+        """Start after the first `made` merges of given trees.
+
+        Returns log P_F, tempered, of all the merges that follow in these trees; 0 for others. One
+        pass scores them together with the actions that may be taken instead of the first.
+        """
+        forest = self.forest
+        self.embedding = self.policy.embedded(self.condition, trees)
+        self.root = _roots(trees, merges.time, forest.rows, made)
+        step = torch.arange(forest.steps, device=made.device)
+        row, step = ((step >= made[:, None]) & (merges.gaps < forest.exit)).nonzero(as_tuple=True)
+        logits = self._logits(row, _roots(trees, merges.time, row, step))
+        first = step == made[row]
+        self.known = logits.new_zeros(len(forest.rows), *logits.shape[1:])
+        self.known[row[first]] = logits[first]
+        action = merges.gaps[row, step] * self.policy.symbols + merges.labels[row, step]
+        log_all = (logits.flatten(1) / temperature).log_softmax(-1)
+        log_p = log_all.gather(1, action[:, None]).squeeze(1)
+        return log_p.new_zeros(merges.gaps.t().shape).index_put((step, row), log_p)
 
     def logits(self, rows: Int[Tensor, "rows"] | None) -> Float[Tensor, "rows slots labels"]:
         row = self.forest.rows if rows is None else rows
-        merge, name, gap = self._judged(self.embedding, row, self.root[row])
-        logit = merge[..., None] + name.log_softmax(-1)
-        logits = logit.new_zeros(len(row), self.length, self.policy.symbols)
-        return logits.scatter(1, gap[..., None].expand_as(logit), logit)
+        if self.known is not None:
+            known, self.known = self.known[row], None
+            return known
+        going = (self.root[row, 1:] >= 0).any(1).nonzero().squeeze(1)
+        logits = self._logits(row[going], self.root[row[going]])
+        return logits.new_zeros(len(row), *logits.shape[1:]).index_put((going,), logits)
 
-    def _judged(
-        self, embedding: Tensor, row: Tensor, root: Tensor
-    ) -> tuple[
-        Float[Tensor, "states pairs"],
-        Float[Tensor, "states pairs symbols"],
-        Int[Tensor, "states pairs"],
-    ]:
-        """Logits of merging neighbouring roots and of the label, and the gaps between the roots.
-
-        A state is a row of the forest with the roots that it has. Behind its last pair of roots
-        the gap is the exit slot.
-        """
-        policy = self.policy
-        count = (root >= 0).sum(-1)
-        most = max(int(count.max()), 2)
-        # Roots from left to right, then padding.
-        first_word = (root < 0).to(torch.uint8).argsort(dim=-1, stable=True)[:, :most]
-        is_root = torch.arange(most, device=root.device) < count[:, None]
-        at = root.gather(1, first_word).clamp(min=0)
-        tokens = embedding[row[:, None], at] + policy.position.weight[:most]
-        hidden = policy.contextual(tokens, ~is_root)
+    def _logits(
+        self, row: Int[Tensor, "states"], root: Int[Tensor, "states words"]
+    ) -> Float[Tensor, "states slots labels"]:
+        """Logits at states of at least two roots; -inf where nothing can be merged."""
+        policy, states = self.policy, _States.of(row, root)
+        pair = policy.pairs(self.embedding, states)
         with policy.autocast(True):
-            pair = policy.pair(torch.cat([hidden[:, :-1], hidden[:, 1:]], -1)).relu()
             merge, name = policy.merge(pair), policy.name(pair)
-        precision = embedding.dtype
-        # The gap between two roots lies before the second one's first word.
-        gap = torch.where(is_root[:, 1:], first_word[:, 1:] - 1, self.forest.exit)
-        return merge.squeeze(-1).to(precision), name.to(precision), gap
+        precision = self.embedding.dtype
+        logit = merge.to(precision) + name.to(precision).log_softmax(-1)
+        logits = logit.new_full((len(row), self.length, policy.symbols), -torch.inf)
+        return logits.index_put((states.order[states.of_pair], states.gap), logit)
 
     def merged(self, gap: Tensor, label: Tensor, before: Tensor, after: Tensor) -> None:
-        forest, rows = self.forest, self.forest.rows
-        self.seen.append(self.root.clone())
-        real = gap != forest.exit
-        start = torch.where(real, forest.start[rows, gap], 0)
-        second = torch.where(real, gap + 1, 0)
-        left, right = self.root[rows, start], self.root[rows, second]
-        children = self.embedding[rows, left.clamp(min=0)], self.embedding[rows, right.clamp(min=0)]
-        at = self.length + gap
-        self.embedding[rows, at] = self._composed(label, *children)
-        self.root[rows[real], start[real]] = at[real]
-        self.root[rows[real], second[real]] = -1
-
-    def _composed(self, label: Tensor, left: Tensor, right: Tensor) -> Float[Tensor, "rows width"]:
-        name = self.policy.label(label)
-        with self.policy.autocast(True):
-            return name + self.policy.compose(torch.cat([name, left, right], -1)).to(name.dtype)
+        forest = self.forest
+        row = (gap != forest.exit).nonzero().squeeze(1)
+        gap, label = gap[row], label[row]
+        start, second, at = forest.start[row, gap], gap + 1, self.length + gap
+        left, right = self.root[row, start], self.root[row, second]
+        made = self.policy.composed(label, self.embedding[row, left], self.embedding[row, right])
+        self.embedding[row, at] = made
+        self.root[row, start] = at
+        self.root[row, second] = -1
 
     def log_forward(self, merges: Merges) -> Float[Tensor, "steps rows"]:
-        forest, slots = self.forest, self.length
-        embedding = self._embedded(merges)
-        step, row = (merges.gaps != forest.exit).t().nonzero(as_tuple=True)
-        root = torch.stack(self.seen)[step, row]
-        gap, label = merges.gaps[row, step], merges.labels[row, step]
-        # States with as many roots go together, so that hardly anything is padding.
-        count = (root >= 0).sum(-1)
-        order = count.argsort(descending=True)
-        scored = []
-        for state in order.split(max(len(order) // CHUNKS + 1, 1)):
-            merge, name, gaps = self._judged(embedding, row[state], root[state])
-            merge = merge.masked_fill(gaps == forest.exit, -torch.inf).log_softmax(-1)
-            pair = (gaps == gap[state, None]).int().argmax(-1)
-            at = torch.arange(len(state), device=pair.device)
-            named = name[at, pair].log_softmax(-1).gather(1, label[state, None]).squeeze(1)
-            scored.append(merge[at, pair] + named)
-        log_p = torch.cat(scored)
-        nothing = log_p.new_zeros(slots - 1, len(forest.rows))
-        return nothing.index_put((step[order], row[order]), log_p)
-
-    def _embedded(self, merges: Merges) -> Float[Tensor, "rows positions width"]:
-        """Embeddings of words and all nodes, differentiable."""
-        forest, slots = self.forest, self.length
-        levels = Levels.of(forest.trees())
-        words = self.policy.word(self.condition.sentences.words)[forest.sentence]
-        known = words.flatten(0, 1)
-        offset = levels.row * slots
-        label = torch.zeros_like(levels.row)
-        if forest.labelled:
-            label = forest.labels[levels.row, levels.gap]
-        # Positions of the children in `known`: words first, then nodes in the order of levels.
-        left = torch.where(levels.left < 0, offset + levels.gap, len(known) + levels.left)
-        right = torch.where(levels.right < 0, offset + levels.gap + 1, len(known) + levels.right)
-        for first, behind in levels.heights:
-            nodes = slice(first, behind)
-            made = self._composed(label[nodes], known[left[nodes]], known[right[nodes]])
-            known = torch.cat([known, made])
-        at = levels.row, slots + levels.gap
-        table = torch.cat([words, torch.zeros_like(words)], 1)
-        return table.index_put(at, known[words.shape[0] * slots :])
+        return self.policy.log_forward(self.condition, self.forest.trees(), merges)
