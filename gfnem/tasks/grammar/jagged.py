@@ -37,7 +37,7 @@ class _Layer(nn.Module):
         self.attention = _Attention(width, heads)
         self.network_norm = nn.LayerNorm(width)
         self.network = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width)
+            nn.Linear(width, 4 * width), nn.ReLU(inplace=True), nn.Linear(4 * width, width)
         )
 
     def forward(self, tokens: Tensor, groups: Groups) -> Tensor:

@@ -86,7 +86,7 @@ class TransformerPolicy(ForestPolicy):
     def retrace(self, condition: ForestCondition, z: Trees) -> Paths:
         """No rollout: the states of given trajectories are known."""
         trees, merges = self._reordered(condition, z)
-        return self._paths(condition, trees, merges, self.log_forward(condition, trees, merges))
+        return self._paths(condition, trees, merges, self.score(condition, trees, merges))
 
     @torch.no_grad()
     def regrow(
@@ -125,7 +125,7 @@ class TransformerPolicy(ForestPolicy):
         with self._weights_cast_once():
             return super()._roll(*args, **options)
 
-    def log_forward(
+    def score(
         self, condition: ForestCondition, trees: Trees, merges: Merges
     ) -> Float[Tensor, "steps rows"]:
         """log P_F of each merge, differentiable; 0 behind the end."""
@@ -370,4 +370,4 @@ class _TransformerScores(ScoresAtOnce):
         self.root[row, second] = -1
 
     def log_forward(self, merges: Merges) -> Float[Tensor, "steps rows"]:
-        return self.policy.log_forward(self.condition, self.forest.trees(), merges)
+        return self.policy.score(self.condition, self.forest.trees(), merges)

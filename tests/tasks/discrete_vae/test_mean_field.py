@@ -66,6 +66,21 @@ def test_score_function_gradient_is_that_of_the_bound(samples, steps):
     assert (exact[known] * steps**0.5 / std[known]).abs().max() > 10
 
 
+def test_a_constant_factor_of_the_joint_changes_no_gradient(monkeypatch):
+    """The other draws' mean takes it away, draw by draw."""
+    model, posterior, x = setting()
+    weights = list(posterior.policy.projection.parameters())
+    log_joint, gradients = model.log_joint, []
+    for shift in (0.0, 1e4):
+        monkeypatch.setattr(model, "log_joint", lambda x, z, by=shift: log_joint(x, z) + by)
+        torch.manual_seed(0)
+        loss = posterior.e_step(model, x).loss
+        assert loss is not None
+        gradients.append(torch.autograd.grad(loss, weights))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_the_e_step_s_draws_and_their_bound():
     model, posterior, x = setting(samples=5_000)
     torch.manual_seed(0)

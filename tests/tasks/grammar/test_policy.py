@@ -381,6 +381,26 @@ def test_regrown_trajectories_part_where_they_should(kind, latent, backward):
 
 
 @every_backward
+def test_regrown_scores_are_those_of_states_alone(latent, backward):
+    """From the state on where the walked and the new trajectory part."""
+    _, policy, x, condition = setting("transformer", latent, backward, [7, 2, 5, 6])
+    z = some_trees(x, latent, 6)
+    for depth in (1, 3, 9):
+        parting = (x.lengths - 1 - depth).clamp(min=0)
+        before = torch.arange(int(x.lengths.max()))[:, None, None] < parting[:, None]
+        for paths in policy.regrow(condition, z, depth):
+            log_pf, log_pb = get_trajectory_pfs_and_pbs(
+                *policy.estimators(),
+                policy.trajectories(condition, paths),
+                recalculate_all_logprobs=True,
+            )
+            expected_pf = log_pf.view_as(paths.log_forward).masked_fill(before, 0.0)
+            expected_pb = log_pb.view_as(paths.log_backward).masked_fill(before, 0.0)
+            torch.testing.assert_close(paths.log_forward, expected_pf)
+            torch.testing.assert_close(paths.log_backward, expected_pb)
+
+
+@every_backward
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_regrown_scores_are_those_of_the_tempered_policy(latent, backward, temperature):
     """Against the probabilities at states alone, from the start, along all paths to each tree."""
