@@ -90,7 +90,7 @@ def sweep(
 def _compose(folder: Path, overrides: Sequence[str]) -> DictConfig:
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(folder)):
-            return hydra_compose("config", overrides=list(overrides))
+            config = hydra_compose("config", overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         unknown = re.match("Could not override '([^']+)'", str(error))
         if unknown:
@@ -98,6 +98,23 @@ def _compose(folder: Path, overrides: Sequence[str]) -> DictConfig:
                 f"{unknown[1]} is no option of this configuration: gfnem --cfg prints all of them"
             ) from None
         raise UserError(_line(error)) from None
+    _drop_parts_not_chosen(config, overrides)
+    return config
+
+
+def _drop_parts_not_chosen(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Data and experiments may say something of parts that a posterior does without.
+
+    Raises UserError for overrides that do.
+    """
+    for part in PARTS:
+        options = config.get(part)
+        if not isinstance(options, DictConfig) or part == "optimizer" or "_target_" in options:
+            continue
+        for override in overrides:
+            if override.partition("=")[0].lstrip("+").startswith(f"{part}."):
+                raise UserError(f"{override} has no effect: this run has no {part}")
+        config[part] = None
 
 
 def _parsed(override: str) -> Override:
