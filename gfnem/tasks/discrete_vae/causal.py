@@ -33,7 +33,7 @@ class CausalLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(positions, width))
         self.context = nn.Linear(context, width, bias=False) if context else None
         self.residual = nn.Sequential(
-            nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)
+            nn.ReLU(), nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, width)
         )
         later = torch.ones(positions, positions, dtype=torch.bool).triu(1)
         self.later: Tensor
@@ -46,23 +46,23 @@ class CausalLinear(nn.Module):
 
     def forward(
         self,
-        one_hot: Float[Tensor, "rows positions codes"],
-        given: Float[Tensor, "rows positions width"] | None = None,
-    ) -> Float[Tensor, "rows positions width"]:
+        one_hot: Float[Tensor, "*rows positions codes"],
+        given: Float[Tensor, "*#rows positions width"] | None = None,
+    ) -> Float[Tensor, "*rows positions width"]:
         """Features of all positions of known grids, in one pass."""
         table = torch.where(self.later, self.table, 0.0)
-        before = one_hot.flatten(1) @ table.flatten(2).flatten(0, 1)
-        return self._features(before.unflatten(1, (self.positions, -1)), given)
+        before = one_hot.flatten(-2) @ table.flatten(2).flatten(0, 1)
+        return self._features(before.unflatten(-1, (self.positions, -1)), given)
 
     def at(
         self,
         position: int,
-        one_hot: Float[Tensor, "rows before codes"],
-        given: Float[Tensor, "rows positions width"] | None = None,
-    ) -> Float[Tensor, "rows width"]:
+        one_hot: Float[Tensor, "*rows before codes"],
+        given: Float[Tensor, "*#rows positions width"] | None = None,
+    ) -> Float[Tensor, "*rows width"]:
         """Features of one position, from the codes before it alone."""
-        before = one_hot.flatten(1) @ self.table[:position, :, position].flatten(0, 1)
-        here = None if given is None else given[:, position]
+        before = one_hot.flatten(-2) @ self.table[:position, :, position].flatten(0, 1)
+        here = None if given is None else given[..., position, :]
         return self._features(before, here, self.bias[position])
 
     def _features(self, before: Tensor, given: Tensor | None, bias: Tensor | None = None) -> Tensor:
@@ -70,7 +70,7 @@ class CausalLinear(nn.Module):
             hidden = before + given
         else:
             hidden = before + (self.bias if bias is None else bias)
-        return (hidden + self.residual(hidden)).relu()
+        return (hidden + self.residual(hidden)).relu_()
 
 
 class Prior(nn.Module, ABC):

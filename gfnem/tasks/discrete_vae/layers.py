@@ -16,7 +16,10 @@ class Residual(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.change = nn.Sequential(
-            nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 1)
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(width, width, 1),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,11 +65,11 @@ def downwards(
     sizes = halvings(image, grid)
     for larger, smaller in zip(sizes, sizes[1:], strict=False):
         kernel, stride = _kernel(larger, smaller)
-        layers += [nn.Conv2d(channels, width, kernel, stride, padding=1), nn.ReLU()]
+        layers += [nn.Conv2d(channels, width, kernel, stride, padding=1), nn.ReLU(inplace=True)]
         channels = width
     if channels != width:
         layers += [nn.Conv2d(channels, width, 1)]
-    layers += [*(Residual(width) for _ in range(blocks)), nn.ReLU()]
+    layers += [*(Residual(width) for _ in range(blocks)), nn.ReLU(inplace=True)]
     return _network(layers)
 
 
@@ -84,7 +87,10 @@ def upwards(
     sizes = halvings(image, grid)[::-1]
     for smaller, larger in zip(sizes, sizes[1:], strict=False):
         kernel, stride = _kernel(larger, smaller)
-        layers += [nn.ConvTranspose2d(width, width, kernel, stride, padding=1), nn.ReLU()]
+        layers += [
+            nn.ConvTranspose2d(width, width, kernel, stride, padding=1),
+            nn.ReLU(inplace=True),
+        ]
     return _network([*layers, nn.Conv2d(width, outputs, 1)])
 
 

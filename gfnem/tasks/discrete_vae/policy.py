@@ -152,24 +152,22 @@ class GridPolicy(Policy):
         kept: Int[Tensor, "batch samples before"] | None = None,
     ) -> Int[Tensor, "batch samples positions"]:
         """Fill grids, behind the codes kept; behaviour None takes the most likely codes."""
-        batch = len(condition.x)
-        shape = (batch, samples)
-        first = 0 if kept is None else kept.shape[-1]
+        base, given = condition.base[:, None], condition.given[:, None]
+        if kept is None:
+            kept = base.new_zeros(len(base), samples, 0, dtype=torch.long)
+        first = kept.shape[-1]
         if self.correct is None:
-            index = self._choose(condition.base[:, None, first:].expand(*shape, -1, -1), behaviour)
-            return index if kept is None else torch.cat([kept, index], -1)
-        base = condition.base.repeat_interleave(samples, 0)
-        given = condition.given.repeat_interleave(samples, 0)
-        index = base.new_zeros(len(base), 0, dtype=torch.long)
-        if kept is not None:
-            index = kept.flatten(0, 1)
+            logits = base[:, :, first:].expand(-1, samples, -1, -1)
+            return torch.cat([kept, self._choose(logits, behaviour)], -1)
+        index = kept
         one_hot = functional.one_hot(index, self.codes).to(base.dtype)
         for position in range(first, self.positions):
             hidden = self.correction.at(position, one_hot, given)
-            chosen = self._choose(base[:, position] + self.correct(hidden), behaviour)[:, None]
-            index = torch.cat([index, chosen], 1)
-            one_hot = torch.cat([one_hot, functional.one_hot(chosen, self.codes).to(base.dtype)], 1)
-        return index.view(*shape, -1)
+            chosen = self._choose(base[:, :, position] + self.correct(hidden), behaviour)
+            index = torch.cat([index, chosen[..., None]], -1)
+            placed = functional.one_hot(chosen[..., None], self.codes).to(base.dtype)
+            one_hot = torch.cat([one_hot, placed], -2)
+        return index
 
     def _choose(
         self, logits: Float[Tensor, "*batch codes"], behaviour: Behaviour | None
@@ -197,10 +195,8 @@ class GridPolicy(Policy):
     def _hidden(
         self, condition: GridCondition, index: Int[Tensor, "batch samples positions"]
     ) -> Float[Tensor, "batch samples positions hidden"]:
-        samples = index.shape[1]
-        one_hot = functional.one_hot(index.flatten(0, 1), self.codes).to(condition.given.dtype)
-        given = condition.given.repeat_interleave(samples, 0)
-        return self.correction(one_hot, given).unflatten(0, index.shape[:2])
+        one_hot = functional.one_hot(index, self.codes).to(condition.given.dtype)
+        return self.correction(one_hot, condition.given[:, None])
 
     def _paths(
         self,
