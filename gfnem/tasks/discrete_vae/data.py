@@ -170,8 +170,8 @@ def mnist(
     """MNIST: 60,000 and 10,000 handwritten digits, 28 x 28 pixels.
 
     dir: folder with `train-images-idx3-ubyte` and `t10k-images-idx3-ubyte`, either of them with or
-        without `.gz`. None looks in the subfolder `mnist` of the folder that GFNEM_DATA names and
-        in that folder itself, and then tries to download the images from OpenML.
+        without `.gz`. None looks in the subfolder `mnist` of the folder that GFNEM_DATA
+        names and then tries to download the images from OpenML.
     pixels: "binary" (1 above half of the full intensity) or "grey" (k/255).
     valid_images: the last so many of the training images are the validation set.
     batch_size: of the training batches.

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from itertools import chain
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from gfnem.em import Metrics
 from gfnem.errors import UserError
+from gfnem.inference import device_of, inference, log_mean_exp
 from gfnem.model import LatentVariableModel
 from gfnem.posterior import Posterior
 from gfnem.run.progress import Progress
@@ -22,7 +21,6 @@ from gfnem.tasks.discrete_vae.data import ImageData, Images, SplitName
 from gfnem.tasks.discrete_vae.importance import (
     choose_temperature,
     effective_samples,
-    log_mean_exp,
     log_weights,
 )
 from gfnem.tasks.discrete_vae.model import DiscreteVAE
@@ -134,7 +132,7 @@ class DiscreteVAEEvaluator:
                 f"{model.grid[0]} x {model.grid[1]} are too many to enumerate; make the grid "
                 "smaller or use evaluator.select=likelihood"
             )
-        with _inference(model, posterior):
+        with inference(model, posterior):
             temperature = self._temperature(model, posterior, final)
             metrics = self._rate_split(model, posterior, split, temperature, final)
             if final and split == "test":
@@ -154,7 +152,7 @@ class DiscreteVAEEvaluator:
         policy = _policy(posterior)
         if policy is None:
             return None
-        x = self.data.valid.select(slice(self.temperature_images)).to(_device(model))
+        x = self.data.valid.select(slice(self.temperature_images)).to(device_of(model))
         return choose_temperature(policy, model, x, self._nll_samples(final))
 
     def _nll_samples(self, final: bool) -> int:
@@ -170,12 +168,12 @@ class DiscreteVAEEvaluator:
     ) -> Metrics:
         images = self._images(split)
         figures: dict[str, list[Tensor]] = {}
-        drawn = torch.zeros(model.codes, dtype=torch.long, device=_device(model))
+        drawn = torch.zeros(model.codes, dtype=torch.long, device=device_of(model))
         with Progress(shown=()) as progress:
             if final:
                 progress.start(len(images), unit=f"{split} image")
             for first in range(0, len(images), self.batch_size):
-                x = images.select(slice(first, first + self.batch_size)).to(_device(model))
+                x = images.select(slice(first, first + self.batch_size)).to(device_of(model))
                 rated, index = self._rate(model, posterior, x, temperature, final)
                 for name, values in rated.items():
                     figures.setdefault(name, []).append(values.double())
@@ -237,11 +235,11 @@ class DiscreteVAEEvaluator:
         from gfnem.run.plots import learning_curves
 
         assert isinstance(model, DiscreteVAE)
-        test = self._images("test").to(_device(model))
+        test = self._images("test").to(device_of(model))
         run.add_figure("learning_curves", learning_curves(run.metrics(), PANELS))
         run.add_figure("reconstructions", reconstructions(model, posterior, test))
         run.add_figure("samples", prior_samples(model, 4 * COLUMNS))
-        with _inference(model, posterior):
+        with inference(model, posterior):
             among = test.select(slice(AMBIGUOUS_AMONG))
             batches = torch.arange(len(among)).split(self.batch_size)
             entropies = [
@@ -265,15 +263,15 @@ def most_likely(model: DiscreteVAE, posterior: Posterior, x: Images) -> Codes:
 
 def reconstructions(model: DiscreteVAE, posterior: Posterior, x: Images) -> Figure:
     """The first images, 16 at most, and under them what q's most likely codes stand for."""
-    x = x.select(slice(COLUMNS)).to(_device(model))
-    with _inference(model, posterior):
+    x = x.select(slice(COLUMNS)).to(device_of(model))
+    with inference(model, posterior):
         best = most_likely(model, posterior, x)
         return _picture({"x": x.pixels, "E[x | z], z most likely": _mean(model, best.index)})
 
 
 def prior_samples(model: DiscreteVAE, n: int) -> Figure:
     """Draws from the model: what their codes stand for, and under it the images themselves."""
-    with _inference(model):
+    with inference(model):
         x, z = model.sample(n)
         return _picture({"E[x | z], z from the prior": _mean(model, z.index), "x": x.pixels})
 
@@ -283,7 +281,7 @@ def posterior_samples(model: DiscreteVAE, posterior: Posterior, x: Images) -> Fi
     where it is known and q is another.
     """
     samples = COLUMNS - 1
-    with _inference(model, posterior):
+    with inference(model, posterior):
         drawn = {"x, then E[x | z], z from q(z | x)": posterior.sample(model, x, samples).z}
         if model.tractable and _policy(posterior) is not None:
             drawn["x, then E[x | z], z from p(z | x)"] = model.sample_posterior(x, samples)
@@ -328,22 +326,3 @@ def _distinct(index: Int[Tensor, "batch samples positions"]) -> Int[Tensor, "bat
     _, grid = torch.unique(index.flatten(0, 1), dim=0, return_inverse=True)
     grid = grid.view(index.shape[:2]).sort(-1).values
     return 1 + grid.diff(dim=-1).ne(0).sum(-1)
-
-
-@contextmanager
-def _inference(*modules: nn.Module) -> Iterator[None]:
-    """Without gradients and in evaluation mode; modules are left in the mode they were in."""
-    modes = [module.training for module in modules]
-    for module in modules:
-        module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.train(mode)
-
-
-def _device(model: nn.Module) -> torch.device:
-    tensors = chain(model.parameters(), model.buffers())
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gfnem.inference import log_mean_exp
 from gfnem.tasks.discrete_vae.data import Images
 from gfnem.tasks.discrete_vae.model import DiscreteVAE
 from gfnem.tasks.discrete_vae.policy import GridPolicy
@@ -36,11 +37,6 @@ def log_weights(
         parts.append(model.log_joint(x, z) - log_q)
         samples -= most
     return torch.cat(parts, 1)
-
-
-def log_mean_exp(log_weights: Float[Tensor, "batch samples"]) -> Float[Tensor, "batch"]:
-    """The importance-weighted estimate of log p(x), on average a lower bound."""
-    return log_weights.logsumexp(-1) - math.log(log_weights.shape[-1])
 
 
 def effective_samples(log_weights: Float[Tensor, "batch samples"]) -> Float[Tensor, "batch"]:

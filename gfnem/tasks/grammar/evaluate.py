@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from itertools import chain
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from gfnem.em import Metrics
 from gfnem.errors import UserError
+from gfnem.inference import device_of, inference, log_mean_exp
 from gfnem.model import LatentVariableModel
 from gfnem.posterior import Posterior
 from gfnem.posteriors.exact import TractableModel
@@ -116,9 +114,9 @@ class GrammarEvaluator:
         corpus = self.data.split(cast(SplitName, split))
         figures: dict[str, list[Tensor]] = {}
         counts: dict[str, list[SpanCounts]] = {}
-        with _inference(model, posterior):
+        with inference(model, posterior):
             for x in corpus.batches(self.batch_size):
-                x = x.to(_device(model))
+                x = x.to(device_of(model))
                 rated, decoded = self._rate(model, posterior, x, final)
                 for name, values in rated.items():
                     figures.setdefault(name, []).append(values.double())
@@ -149,9 +147,9 @@ class GrammarEvaluator:
         every = max(len(corpus) // self.train_sentences, 1)
         chosen = corpus.lengths.argsort()[::every]
         gaps = []
-        with _inference(model, posterior):
+        with inference(model, posterior):
             for indices in chosen.split(self.batch_size):
-                x = corpus.batch(indices.tolist()).to(_device(model))
+                x = corpus.batch(indices.tolist()).to(device_of(model))
                 log_likelihood = model.log_likelihood(x)
                 log_weights = posterior.sample(model, x, self.samples).log_weights
                 if log_likelihood is None or log_weights is None:
@@ -182,7 +180,7 @@ class GrammarEvaluator:
             log_weights = latents.log_weights
             if final:
                 log_weights = self._more_log_weights(model, posterior, x, log_weights)
-            figures["iw_log_likelihood"] = _log_mean_exp(log_weights)
+            figures["iw_log_likelihood"] = log_mean_exp(log_weights)
             if log_likelihood is not None:
                 figures["posterior_gap"] = log_likelihood - log_weights.mean(-1)
         if isinstance(model, TractableModel):
@@ -315,8 +313,8 @@ def parse(
 
     Raises UserError for another `decode`, and for "viterbi" where the grammar is not context-free.
     """
-    x = x.to(_device(model))
-    with _inference(model, posterior):
+    x = x.to(device_of(model))
+    with inference(model, posterior):
         potentials = model.potentials(x) if isinstance(model, ParsingModel) else None
         if decode == "mbr":
             trees = _minimum_bayes_risk(posterior.sample(model, x, samples).z)
@@ -344,25 +342,6 @@ def bracketed(tree: Tree) -> str:
     return tree.pformat(margin=sys.maxsize)
 
 
-@contextmanager
-def _inference(*modules: nn.Module) -> Iterator[None]:
-    """Without gradients and in evaluation mode; modules are left in the mode they were in."""
-    modes = [module.training for module in modules]
-    for module in modules:
-        module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.train(mode)
-
-
-def _device(model: nn.Module) -> torch.device:
-    tensors = chain(model.parameters(), model.buffers())
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))
-
-
 def _minimum_bayes_risk(trees: Trees) -> Trees:
     """The tree whose spans are the most frequent among each sentence's samples.
 
@@ -385,10 +364,6 @@ def _right_edge(trees: Trees) -> Float[Tensor, "batch"]:
     lengths = trees.lengths[:, None, None]
     ends_there = (trees.start > 0) & (trees.end == lengths)
     return ends_there.sum(-1).double().mean(-1) / (trees.lengths - 2).clamp(min=1)
-
-
-def _log_mean_exp(log_weights: Float[Tensor, "batch samples"]) -> Float[Tensor, "batch"]:
-    return log_weights.logsumexp(-1) - math.log(log_weights.shape[1])
 
 
 def _summarise(figures: dict[str, Float[Tensor, "sentences"]]) -> Metrics:

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
+from gfnem.inference import log_mean_exp
 from gfnem.tasks.discrete_vae import importance
 from gfnem.tasks.discrete_vae.codes import Codes
 from gfnem.tasks.discrete_vae.importance import (
     choose_temperature,
     effective_samples,
-    log_mean_exp,
     log_weights,
 )
 from tests.tasks.discrete_vae.tiny import (
