@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from itertools import zip_longest
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from gfnem.errors import UserError
+
+Precision = Literal["float32", "bfloat16"]
+
+
+def check_precision(owner: str, precision: str) -> None:
+    if precision not in ("float32", "bfloat16"):
+        raise UserError(f"{owner}.precision is {precision!r}; use 'float32' or 'bfloat16'")
+
+
+def training_precision(network: nn.Module, precision: Precision) -> torch.autocast:
+    """A context that runs layers in a precision while the network is in training mode."""
+    device = next(network.parameters()).device.type
+    enabled = precision == "bfloat16" and network.training
+    return torch.autocast(device, torch.bfloat16, enabled=enabled)
 
 
 class Residual(nn.Module):
@@ -85,23 +100,68 @@ def upwards(
     layers: list[nn.Module] = [nn.Conv2d(embedding, width, 1)]
     layers += [Residual(width) for _ in range(blocks)]
     sizes = halvings(image, grid)[::-1]
+    spread: Spread | None = None
     for smaller, larger in zip(sizes, sizes[1:], strict=False):
-        kernel, stride = _kernel(larger, smaller)
-        layers += [
-            nn.ConvTranspose2d(width, width, kernel, stride, padding=1),
-            nn.ReLU(inplace=True),
-        ]
-    return _network([*layers, nn.Conv2d(width, outputs, 1)])
+        layers += [] if spread is None else [spread]
+        spread = Spread(smaller, larger)
+        layers += [spread.convolution(width), nn.ReLU(inplace=True)]
+    # Before the last is spread: the output is narrower.
+    layers += [EachPixel(width, outputs, spread.pixels if spread else 1)]
+    return _network([*layers, *([spread] if spread else [])])
+
+
+class Spread(nn.Module):
+    """Deals channels out to the pixels of a larger image.
+
+    A convolution behind which channels are dealt out to two pixels in each direction is a
+    transposed one of 4 x 4 with a stride of 2, at less cost: each pixel of the larger image sees
+    two in each direction of the smaller.
+    """
+
+    def __init__(self, smaller: tuple[int, int], larger: tuple[int, int]):
+        super().__init__()
+        self.larger = larger
+        self.doubled = (smaller[0] != larger[0], smaller[1] != larger[1])
+
+    @property
+    def pixels(self) -> int:
+        """How many pixels the channels of one are dealt out to."""
+        return 2 ** sum(self.doubled)
+
+    def convolution(self, width: int) -> nn.Conv2d:
+        """From `width` channels of the smaller image to what is dealt out to `width` channels."""
+        height, across = (2 if doubled else 3 for doubled in self.doubled)
+        return nn.Conv2d(width, width * self.pixels, (height, across), padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        down, across = (2 if doubled else 1 for doubled in self.doubled)
+        pixels = x.permute(0, 2, 3, 1).unflatten(3, (down, across, -1)).transpose(2, 3)
+        pixels = pixels.flatten(3, 4).flatten(1, 2)
+        # The convolution's padding has made half a pixel too many on each side.
+        first, left = (1 if doubled else 0 for doubled in self.doubled)
+        height, width = self.larger
+        pixels = pixels[:, first : first + height, left : left + width]
+        return pixels.contiguous().permute(0, 3, 1, 2)
+
+
+class EachPixel(nn.Linear):
+    """The same linear layer for each of the pixels that channels are dealt out to later."""
+
+    def __init__(self, width: int, outputs: int, pixels: int):
+        super().__init__(width, outputs)
+        self.pixels = pixels
+
+    def forward(self, input: Tensor) -> Tensor:
+        each = input.permute(0, 2, 3, 1).unflatten(3, (self.pixels, -1))
+        return super().forward(each).flatten(3).permute(0, 3, 1, 2)
 
 
 def _network(layers: list[nn.Module]) -> nn.Sequential:
     """Layers whose activations keep their scale, in the order of dimensions that is fastest."""
     network = nn.Sequential(*layers)
     for layer in network.modules():
-        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
-            seen = layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1]
-            if isinstance(layer, nn.ConvTranspose2d):
-                seen /= layer.stride[0] * layer.stride[1]
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            seen = layer.weight[0].numel()
             nn.init.normal_(layer.weight, std=(2 / seen) ** 0.5)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)

@@ -21,7 +21,12 @@ from gfnem.tasks.discrete_vae.causal import CausalLinear
 from gfnem.tasks.discrete_vae.codes import Codes
 from gfnem.tasks.discrete_vae.data import Images
 from gfnem.tasks.discrete_vae.env import GridEnv
-from gfnem.tasks.discrete_vae.layers import downwards
+from gfnem.tasks.discrete_vae.layers import (
+    Precision,
+    check_precision,
+    downwards,
+    training_precision,
+)
 from gfnem.tasks.discrete_vae.model import DiscreteVAE
 
 
@@ -56,6 +61,8 @@ class GridPolicy(Policy):
     logits: "linear" in the encoder's features, or "distance": - beta |h - e|^2 of a learned
         projection h of them to the codebook's entries e, as in a VQ-VAE.
     autoregressive: False for a factorised q.
+    precision: "bfloat16" trains the encoder's convolutions in autocast; evaluations are in float32
+        all the same.
     """
 
     def __init__(
@@ -71,6 +78,7 @@ class GridPolicy(Policy):
         hidden: int = 64,
         logits: Literal["linear", "distance"] = "linear",
         autoregressive: bool = True,
+        precision: Precision = "float32",
     ):
         super().__init__()
         for name, value, least in (
@@ -82,6 +90,8 @@ class GridPolicy(Policy):
                 raise UserError(f"policy.{name} is {value}; it must be at least {least}")
         if logits not in ("linear", "distance"):
             raise UserError(f"policy.logits is {logits!r}; use 'linear' or 'distance'")
+        check_precision("policy", precision)
+        self.precision: Precision = precision
         self.positions = grid[0] * grid[1]
         self.codes = codes
         self.embedding = embedding
@@ -110,7 +120,9 @@ class GridPolicy(Policy):
 
     def features(self, x: Images) -> Float[Tensor, "batch positions encoder_width"]:
         """The encoder's features of each position of the grid."""
-        return self.encoder(x.pixels).flatten(2).mT
+        with training_precision(self, self.precision):
+            features = self.encoder(x.pixels)
+        return features.flatten(2).mT.to(x.pixels.dtype)
 
     def base_logits(
         self, model: DiscreteVAE, projected: Float[Tensor, "batch positions width"]

@@ -63,7 +63,7 @@ def test_weights_average_to_the_enumerated_likelihood(temperature):
     exact = log_joint_table(model, x).exp().sum(-1)
     error = weights.std(-1) / 40_000**0.5
     # So that the comparison can fail: the estimate is good to a few percent.
-    assert (error < 0.03 * exact).all()
+    assert (error < 0.04 * exact).all()
     assert ((weights.mean(-1) - exact).abs() < 4 * error).all()
 
 

@@ -4,9 +4,18 @@ import re
 
 import pytest
 import torch
+from torch import nn
 
 from gfnem.errors import UserError
-from gfnem.tasks.discrete_vae.layers import downwards, halvings, upwards
+from gfnem.tasks.discrete_vae.layers import (
+    EachPixel,
+    Precision,
+    Spread,
+    downwards,
+    halvings,
+    training_precision,
+    upwards,
+)
 
 WAYS = {
     ((28, 28), (4, 4)): [(28, 28), (14, 14), (7, 7), (4, 4)],
@@ -76,3 +85,49 @@ def test_grids_that_halving_does_not_lead_to(grid):
     )
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         halvings((28, 20), grid)
+
+
+@pytest.mark.parametrize("size", [(6, 8), (5, 8), (6, 7), (5, 7)])
+@torch.no_grad()
+def test_spread_convolutions_are_transposed_ones(size):
+    """Of 4 x 4 with a stride of 2; sizes that are odd leave the last row or column out."""
+    width, smaller = 3, (3, 4)
+    torch.manual_seed(0)
+    transposed = nn.ConvTranspose2d(width, width, 4, stride=2, padding=1)
+    spread = Spread(smaller, size)
+    convolution = spread.convolution(width)
+    # Output row r = 2 i - 1 + down sees input row i - 1 + back by the kernel's row r + 1 - 2 row.
+    weight = convolution.weight.view(2, 2, width, width, 2, 2)
+    for down in range(2):
+        for across in range(2):
+            for back in range(2):
+                for left in range(2):
+                    kernel = transposed.weight[:, :, 2 + down - 2 * back, 2 + across - 2 * left]
+                    weight[down, across, :, :, back, left] = kernel.t()
+    assert convolution.bias is not None and transposed.bias is not None
+    convolution.bias.copy_(transposed.bias.repeat(4))
+    x = torch.randn(2, width, *smaller)
+    expected = transposed(x)[:, :, : size[0], : size[1]]
+    torch.testing.assert_close(spread(convolution(x)), expected)
+
+
+@torch.no_grad()
+def test_each_pixel_is_a_layer_behind_the_spread():
+    torch.manual_seed(0)
+    spread, layer = Spread((3, 4), (6, 8)), EachPixel(5, 2, pixels=4)
+    x = torch.randn(2, 4 * 5, 4, 5)
+    behind = nn.functional.conv2d(spread(x), layer.weight[:, :, None, None], layer.bias)
+    torch.testing.assert_close(spread(layer(x)), behind)
+
+
+def test_reduced_precision_is_for_training():
+    layer, x = nn.Linear(2, 2), torch.ones(1, 2)
+    cases: list[tuple[Precision, bool, torch.dtype]] = [
+        ("bfloat16", True, torch.bfloat16),
+        ("bfloat16", False, torch.float32),
+        ("float32", True, torch.float32),
+    ]
+    for precision, training, expected in cases:
+        layer.train(training)
+        with training_precision(layer, precision):
+            assert layer(x).dtype == expected

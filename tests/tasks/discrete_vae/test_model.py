@@ -289,6 +289,7 @@ class TestCodes:
         ({"decoder_width": 0}, "model.decoder_width is 0; it must be at least 1"),
         ({"blocks": -1}, "model.blocks is -1; it must be at least 0"),
         ({"prior_width": 0}, "model.prior_width is 0; it must be at least 1"),
+        ({"precision": "half"}, "model.precision is 'half'; use 'float32' or 'bfloat16'"),
         ({"grid": [2]}, "model.grid=[2]: give its height and width in codes"),
         ({"grid": [2, 0]}, "model.grid=[2, 0]: give its height and width in codes"),
         ({"grid": [3, 2]}, "model.grid=[3, 2]: images of 4 x 4 are halved"),
@@ -301,3 +302,14 @@ class TestCodes:
 def test_arguments_that_make_no_model(options, message):
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
         DiscreteVAE(1, 4, 4, **options)
+
+
+def test_reduced_precision_stays_close_and_out_of_evaluations():
+    torch.set_default_dtype(torch.float32)
+    exact, rounded = make_model(), make_model(precision="bfloat16")
+    x, index = images(3), random_codes(3, 4).index
+    expected = exact.log_joint(x, Codes(index))
+    found = rounded.log_joint(x, Codes(index))
+    assert found.dtype == torch.float32
+    assert 0 < (found - expected).abs().max() < 0.1
+    assert rounded.eval().log_joint(x, Codes(index)).equal(expected)

@@ -462,9 +462,21 @@ def test_sleep_takes_the_policy_to_the_model_s_posterior():
         ({"encoder_width": 0}, "policy.encoder_width is 0; it must be at least 1"),
         ({"blocks": -1}, "policy.blocks is -1; it must be at least 0"),
         ({"hidden": 0}, "policy.hidden is 0; it must be at least 1"),
+        ({"precision": "half"}, "policy.precision is 'half'; use 'float32' or 'bfloat16'"),
         ({"logits": "cosine"}, "policy.logits is 'cosine'; use 'linear' or 'distance'"),
     ],
 )
 def test_arguments_that_make_no_policy(options, message):
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         GridPolicy(1, 4, 4, (2, 2), CODES, **options)
+
+
+def test_reduced_precision_stays_close_and_out_of_evaluations():
+    torch.set_default_dtype(torch.float32)
+    exact, rounded = make_policy(), make_policy(precision="bfloat16")
+    x = images(3)
+    expected = exact.features(x)
+    found = rounded.features(x)
+    assert found.dtype == torch.float32
+    assert 0 < (found - expected).abs().max() < 0.02 * expected.abs().max()
+    assert rounded.eval().features(x).equal(expected)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gfnem.tasks.discrete_vae.codes import Codes
 from gfnem.tasks.discrete_vae.data import Images, Pixels
+from gfnem.tasks.discrete_vae.layers import EachPixel
 from gfnem.tasks.discrete_vae.model import DiscreteVAE
 from gfnem.tasks.discrete_vae.policy import GridPolicy
 from tests.tasks.grammar.tiny import float64, p_value, total_variation
@@ -50,7 +51,8 @@ def make_model(
     model = stirred(DiscreteVAE(CHANNELS[pixels], *SIZE, pixels=pixels, **options), noise, seed)
     # Of arbitrary images, none is all but impossible and most grids might be behind them.
     with torch.no_grad():
-        model.decoder[-1].weight *= 0.3 if pixels == "binary" else 0.1
+        (last,) = (layer for layer in model.decoder if isinstance(layer, EachPixel))
+        last.weight *= 0.3 if pixels == "binary" else 0.1
     return model
 
 
