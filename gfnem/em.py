@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -150,6 +150,8 @@ class EM:
     m_steps: the run ends after so many M-steps; 0 leaves the model as it is and trains q alone.
     max_e_steps, max_seconds: or after so many E-steps or seconds, whichever comes first; None for
         no limit.
+    clock: what tells the seconds: "wall", or "cpu", whose time another program on the machine does
+        not take.
     schedule: when steps are due; a posterior without parameters gets an M-step on every batch.
     model_optimizer, posterior_optimizer: called with parameter groups.
     model_clip, posterior_clip: largest norms of the gradients.
@@ -179,6 +181,7 @@ class EM:
         evaluate_every: int = 100,
         log_every: int = 20,
         max_seconds: float | None = None,
+        clock: Literal["wall", "cpu"] = "wall",
         run: Run | None = None,
         seed: int | None = None,
         device: str | torch.device = "cpu",
@@ -201,6 +204,9 @@ class EM:
                 "em.m_steps=0 trains the posterior alone: say when to stop, by em.max_e_steps or "
                 "em.max_seconds"
             )
+        if clock not in ("wall", "cpu"):
+            raise UserError(f"em.clock is {clock!r}; use 'wall' or 'cpu'")
+        self._now = time.monotonic if clock == "wall" else time.process_time
         self.model = model.to(device)
         self.posterior = posterior.to(device)
         self.data = data
@@ -263,7 +269,7 @@ class EM:
                 self.run.finish(status)
 
     def _train(self) -> None:
-        began = time.monotonic() - self.seconds
+        began = self._now() - self.seconds
         if self.run is not None:
             unit, done, total = self._progress
             self.run.progress.start(total, done, unit)
@@ -275,14 +281,14 @@ class EM:
             else:
                 m_step_due = self._alternate(x)
             self.batches_seen += 1
-            self.seconds = time.monotonic() - began
+            self.seconds = self._now() - began
             if self.batches_seen % self.log_every == 0:
                 self._log()
             if (m_step_due or self._frozen) and self._steps % self.evaluate_every == 0:
                 self._evaluate()
             if self.stopped or self.finished:
                 break
-        self.seconds = time.monotonic() - began
+        self.seconds = self._now() - began
         if self.stopped:
             self._save(best=False)
         elif self.evaluated != self._steps:

@@ -1062,8 +1062,9 @@ def test_posterior_alone(run: Run) -> None:
     assert rater.calls == [("valid", False)] * 3 + [("test", True)]
 
 
-def test_posterior_alone_for_some_time() -> None:
-    em = EM(Mixture(), Table(), Urn(), 0, max_seconds=0.05)
+@pytest.mark.parametrize("clock", ["wall", "cpu"])
+def test_posterior_alone_for_some_time(clock: Any) -> None:
+    em = EM(Mixture(), Table(), Urn(), 0, max_seconds=0.05, clock=clock)
     em.fit()
     assert em.m_steps == 0 and em.e_steps > 1 and 0.05 <= em.seconds < 5
 
@@ -1188,6 +1189,7 @@ def test_data_without_batches(run: Run, told: Told) -> None:
         ({"m_steps": -1}, "em.m_steps is -1; it must be at least 0"),
         ({"m_steps": 0}, "em.m_steps=0 trains the posterior alone: say when to stop"),
         ({"max_seconds": -1.0}, "em.max_seconds is -1.0; it must be at least 0"),
+        ({"clock": "sun"}, "em.clock is 'sun'; use 'wall' or 'cpu'"),
         ({"max_e_steps": 0}, "em.max_e_steps is 0; it must be at least 1"),
         ({"evaluate_every": 0}, "em.evaluate_every is 0; it must be at least 1"),
         ({"log_every": 0}, "em.log_every is 0; it must be at least 1"),
