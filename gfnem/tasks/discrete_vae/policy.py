@@ -100,14 +100,7 @@ class GridPolicy(Policy):
         self.encoder = downwards(
             channels, encoder_width, blocks, (height, width), (grid[0], grid[1])
         )
-        if logits == "linear":
-            self.projection: nn.Module = nn.Linear(encoder_width, codes)
-        else:
-            # Vectors of one length: codebooks that follow them then use all their entries. Less
-            # than three numbers would be left with nothing but signs.
-            scale = nn.LayerNorm(embedding, elementwise_affine=False) if embedding > 2 else None
-            vectors = nn.Linear(encoder_width, embedding)
-            self.projection = nn.Sequential(vectors, *filter(None, [scale]))
+        self.projection = nn.Linear(encoder_width, codes if logits == "linear" else embedding)
         self.log_beta = nn.Parameter(torch.zeros(())) if logits == "distance" else None
         self.correction = CausalLinear(self.positions, codes, hidden, context=encoder_width)
         self.correct = nn.Linear(hidden, codes) if autoregressive else None

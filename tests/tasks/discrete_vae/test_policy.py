@@ -236,17 +236,6 @@ def test_torchgfn_trajectories_are_steps_of_the_environment():
     torch.testing.assert_close(trajectories.log_rewards, paths.log_joint.flatten())
 
 
-@pytest.mark.parametrize("embedding", [1, 2, 3])
-def test_distances_tell_images_apart(embedding):
-    """However many numbers there are to be brought to one length."""
-    policy = make_policy(logits="distance", embedding=embedding)
-    vectors = policy.projection(policy.features(images(8))).flatten(0, 1)
-    spread = vectors.std(0)
-    assert spread.max() > 0.05
-    (gradient,) = torch.autograd.grad(vectors[:, 0].sum(), next(policy.encoder.parameters()))
-    assert gradient.abs().max() > 1e-3
-
-
 def test_flows_see_the_codes_before_and_their_prior():
     model, policy, x, condition = setting()
     paths = policy.sample(condition, 4)
