@@ -6,12 +6,28 @@ belong together: sequences of the same length lie side by side and attend as den
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 # (number of sequences, their length), in the order in which the sequences lie in the list.
 Groups = list[tuple[int, int]]
+
+
+def with_round_rows(
+    network: Callable[[Tensor], Tensor], rows: Float[Tensor, "rows width"]
+) -> Float[Tensor, "rows out"]:
+    """A network over each row, given a round number of them: the last ones are zeros, cut off.
+
+    For every number of rows that it has not seen yet, torch makes new kernels for matrix products
+    in bfloat16 on a CPU, which takes longer than the products. At most one row in 16 is added.
+    """
+    count = len(rows)
+    multiple = max(1 << max(count.bit_length() - 5, 0), 16)
+    return network(functional.pad(rows, (0, 0, 0, -count % multiple)))[:count]
 
 
 class JaggedTransformer(nn.Module):
@@ -25,6 +41,7 @@ class JaggedTransformer(nn.Module):
     def forward(
         self, tokens: Float[Tensor, "tokens width"], groups: Groups
     ) -> Float[Tensor, "tokens width"]:
+        """Tokens behind those of the groups belong to no sequence."""
         for layer in self.layers:
             tokens = layer(tokens, groups)
         return self.norm(tokens)
@@ -59,14 +76,23 @@ class _Attention(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, tokens: Tensor, groups: Groups) -> Tensor:
-        projected = self.project(tokens).split([count * length for count, length in groups])
-        mixed = []
-        for (count, length), part in zip(groups, projected, strict=True):
-            # Contiguous matrices: on strided ones the backward pass takes several times as long,
-            # as it does in torch's fused attention, which is made for long sequences.
-            by_head = part.view(count, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-            query, key, value = by_head.reshape(3, count * self.heads, length, -1)
-            weight = (torch.bmm(key, query.mT) * self.scale).softmax(1)
-            out = torch.bmm(weight.mT, value).view(count, self.heads, length, -1)
-            mixed.append(out.transpose(1, 2).reshape(count * length, -1))
-        return self.out(torch.cat(mixed))
+        sizes = [count * length for count, length in groups]
+        rest = len(tokens) - sum(sizes)
+        *projected, _ = self.project(tokens).split([*sizes, rest])
+        mix = self._mix if torch.is_grad_enabled() else self._mix_fused
+        mixed = [mix(part, *group) for part, group in zip(projected, groups, strict=True)]
+        return self.out(torch.cat([*mixed, tokens.new_zeros(rest, tokens.shape[1])]))
+
+    def _mix(self, part: Tensor, count: int, length: int) -> Tensor:
+        # Contiguous matrices: on strided ones the backward pass takes several times as long, as
+        # it does in torch's fused attention, which is made for long sequences.
+        by_head = part.view(count, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        query, key, value = by_head.reshape(3, count * self.heads, length, -1)
+        weight = (torch.bmm(key, query.mT) * self.scale).softmax(1)
+        out = torch.bmm(weight.mT, value).view(count, self.heads, length, -1)
+        return out.transpose(1, 2).reshape(count * length, -1)
+
+    def _mix_fused(self, part: Tensor, count: int, length: int) -> Tensor:
+        by_head = part.view(count, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        out = functional.scaled_dot_product_attention(*by_head)
+        return out.transpose(1, 2).reshape(count * length, -1)

@@ -7,7 +7,7 @@ their own. Nothing of the grammar enters but through the reward.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gfnem.errors import UserError
 from gfnem.posteriors.gflownet import Behaviour, Paths
 from gfnem.tasks.grammar.env import Forest
-from gfnem.tasks.grammar.jagged import Groups, JaggedTransformer
+from gfnem.tasks.grammar.jagged import Groups, JaggedTransformer, with_round_rows
 from gfnem.tasks.grammar.messages import Levels
 from gfnem.tasks.grammar.policy import (
     ForestCondition,
@@ -63,7 +63,7 @@ class TransformerPolicy(ForestPolicy):
             raise UserError(f"policy.precision is {precision!r}; use 'float32' or 'bfloat16'")
         self.precision = precision
         # In a tuple, so that it is no submodule.
-        self._rounding: tuple[int, nn.Module] | None = None
+        self._rounding: tuple[int, JaggedTransformer] | None = None
         self.word = nn.Embedding(vocabulary, width)
         self.label = nn.Embedding(self.symbols, width)
         self.position = nn.Embedding(max_length, width)
@@ -136,7 +136,7 @@ class TransformerPolicy(ForestPolicy):
             pair = self.pairs(self.embedded(condition, trees), states)
             chosen = states.gap == merges.gaps[row, step][states.of_pair]
             with self.autocast(True):
-                merge, name = self.merge(pair), self.name(pair[chosen])
+                merge, name = self._rows(self.merge, pair), self._rows(self.name, pair[chosen])
         # Unnormalised over the labels of a merge, log P_F is that of the merge, then of the label.
         precision = self.word.weight.dtype
         merge = merge.squeeze(1).to(precision)
@@ -179,7 +179,8 @@ class TransformerPolicy(ForestPolicy):
         """Embeddings of nodes over these children."""
         name = self.label(label)
         with self.autocast(True):
-            return name + self.compose(torch.cat([name, left, right], -1)).to(name.dtype)
+            made = self._rows(self.compose, torch.cat([name, left, right], -1))
+        return name + made.to(name.dtype)
 
     def pairs(
         self, embedding: Float[Tensor, "rows positions width"], states: _States
@@ -190,7 +191,7 @@ class TransformerPolicy(ForestPolicy):
         with self.autocast(True):
             hidden = self._contextual(tokens, states.groups)
             both = torch.cat([hidden[states.left], hidden[states.left + 1]], -1)
-            return self.pair(both).relu()
+            return self._rows(self.pair, both).relu()
 
     def _contextual(
         self, tokens: Float[Tensor, "tokens width"], groups: Groups
@@ -199,16 +200,28 @@ class TransformerPolicy(ForestPolicy):
         if self.precision == "float32":
             return self.transformer(tokens, groups)
         network = self.transformer if torch.is_grad_enabled() else self._rounded()
-        return network(tokens.bfloat16(), groups)
+        return self._rows(lambda rows: network(rows, groups), tokens.bfloat16())
 
+    def _rows(self, network: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        return with_round_rows(network, rows) if self.precision == "bfloat16" else network(rows)
+
+    @torch.no_grad()
     def _rounded(self) -> nn.Module:
         """The transformer in bfloat16, rounded anew when a parameter has changed.
 
         Autocast would round all weights in every rollout.
         """
         version = sum(p._version for p in self.transformer.parameters())
-        if self._rounding is None or self._rounding[0] != version:
+        if (
+            self._rounding is None
+            or self._rounding[1].norm.weight.device != self.word.weight.device
+        ):
             self._rounding = (version, copy.deepcopy(self.transformer).bfloat16())
+        elif self._rounding[0] != version:
+            self._rounding = (version, self._rounding[1])
+            networks = self._rounding[1].parameters(), self.transformer.parameters()
+            for rounded, parameter in zip(*networks, strict=True):
+                rounded.copy_(parameter)
         return self._rounding[1]
 
     def autocast(self, enabled: bool) -> torch.autocast:
