@@ -94,5 +94,6 @@ class _Attention(nn.Module):
 
     def _mix_fused(self, part: Tensor, count: int, length: int) -> Tensor:
         by_head = part.view(count, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        out = functional.scaled_dot_product_attention(*by_head)
+        query, key, value = by_head
+        out = functional.scaled_dot_product_attention(query, key, value)
         return out.transpose(1, 2).reshape(count * length, -1)
