@@ -26,6 +26,7 @@ IMAGES = {
     ("optimizer", "adamw"),
     ("posterior", "mean_field"),
     ("posterior", "vq"),
+    ("posterior", "fsq"),
     ("refinement", "greedy"),
     ("warm_start", "vq"),
     ("warm_start", "gumbel"),

@@ -58,8 +58,9 @@ class GridPolicy(Policy):
     encoder_width: channels of the encoder's convolutions.
     blocks: its residual blocks.
     hidden: width of the correction's network, which gives log Z(x) and the state flows too.
-    logits: "linear" in the encoder's features, or "distance": - beta |h - e|^2 of a learned
-        projection h of them to the codebook's entries e, as in a VQ-VAE.
+    logits: "linear" in the encoder's features; "distance": - beta |h - e|^2 of a learned
+        projection h of them to the codebook's entries e, as in a VQ-VAE; or "bounded_distance",
+        the same with h between -1 and 1.
     autoregressive: False for a factorised q.
     precision: "bfloat16" trains the encoder's convolutions in autocast; evaluations are in float32
         all the same.
@@ -76,7 +77,7 @@ class GridPolicy(Policy):
         encoder_width: int = 32,
         blocks: int = 2,
         hidden: int = 64,
-        logits: Literal["linear", "distance"] = "linear",
+        logits: Literal["linear", "distance", "bounded_distance"] = "linear",
         autoregressive: bool = True,
         precision: Precision = "float32",
     ):
@@ -88,8 +89,10 @@ class GridPolicy(Policy):
         ):
             if value < least:
                 raise UserError(f"policy.{name} is {value}; it must be at least {least}")
-        if logits not in ("linear", "distance"):
-            raise UserError(f"policy.logits is {logits!r}; use 'linear' or 'distance'")
+        if logits not in ("linear", "distance", "bounded_distance"):
+            raise UserError(
+                f"policy.logits is {logits!r}; use 'linear', 'distance' or 'bounded_distance'"
+            )
         check_precision("policy", precision)
         self.precision: Precision = precision
         self.positions = grid[0] * grid[1]
@@ -100,8 +103,12 @@ class GridPolicy(Policy):
         self.encoder = downwards(
             channels, encoder_width, blocks, (height, width), (grid[0], grid[1])
         )
-        self.projection = nn.Linear(encoder_width, codes if logits == "linear" else embedding)
-        self.log_beta = nn.Parameter(torch.zeros(())) if logits == "distance" else None
+        self.projection: nn.Module = nn.Linear(
+            encoder_width, codes if logits == "linear" else embedding
+        )
+        if logits == "bounded_distance":
+            self.projection = nn.Sequential(self.projection, nn.Tanh())
+        self.log_beta = None if logits == "linear" else nn.Parameter(torch.zeros(()))
         self.correction = CausalLinear(self.positions, codes, hidden, context=encoder_width)
         self.correct = nn.Linear(hidden, codes) if autoregressive else None
         if self.correct is not None:

@@ -452,7 +452,10 @@ def test_sleep_takes_the_policy_to_the_model_s_posterior():
         ({"blocks": -1}, "policy.blocks is -1; it must be at least 0"),
         ({"hidden": 0}, "policy.hidden is 0; it must be at least 1"),
         ({"precision": "half"}, "policy.precision is 'half'; use 'float32' or 'bfloat16'"),
-        ({"logits": "cosine"}, "policy.logits is 'cosine'; use 'linear' or 'distance'"),
+        (
+            {"logits": "cosine"},
+            "policy.logits is 'cosine'; use 'linear', 'distance' or 'bounded_distance'",
+        ),
     ],
 )
 def test_arguments_that_make_no_policy(options, message):

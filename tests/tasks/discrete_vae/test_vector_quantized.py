@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import math
 import re
+from itertools import product
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from gfnem.errors import UserError
 from gfnem.tasks.discrete_vae.codes import Codes
 from gfnem.tasks.discrete_vae.data import Images
 from gfnem.tasks.discrete_vae.model import DiscreteVAE
-from gfnem.tasks.discrete_vae.vector_quantized import VectorQuantized
+from gfnem.tasks.discrete_vae.vector_quantized import FiniteScalar, VectorQuantized
 from tests.tasks.discrete_vae.tiny import (
     images,
     log_prior,
@@ -195,3 +197,71 @@ def test_arguments_that_make_no_posterior(options, message):
     policy = make_policy(logits=options.pop("logits", "distance"))
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         VectorQuantized(policy, **options)
+
+
+# Finite scalar quantisation.
+
+
+def finite(levels: tuple[int, ...], n: int = 8) -> tuple[DiscreteVAE, FiniteScalar, Images]:
+    """After one step, which makes the lattice the model's codebook."""
+    sizes: Any = {"codes": math.prod(levels), "embedding": len(levels)}
+    policy = make_policy(logits="bounded_distance", autoregressive=False, noise=0.5, **sizes)
+    model, x = make_model(**sizes), images(n)
+    posterior = FiniteScalar(policy, levels)
+    posterior.e_step(model, x)
+    return model, posterior, x
+
+
+@pytest.mark.parametrize("levels", [(2, 2), (3, 2), (4, 3, 2)])
+def test_lattice_has_every_combination_of_levels(levels):
+    model, _, _ = finite(levels)
+    found = {tuple(entry) for entry in model.codebook.weight.detach().double().tolist()}
+    each = [[2 * level / (count - 1) - 1 for level in range(count)] for count in levels]
+    assert len(found) == math.prod(levels)
+    for entry in product(*each):
+        assert min(math.dist(entry, other) for other in found) < 1e-6
+
+
+@pytest.mark.parametrize("levels", [(2, 2), (3, 2), (4, 3, 2)])
+def test_finite_scalars_take_the_nearest_entry(levels):
+    """And so the most likely grid of the distribution is the one that was trained."""
+    model, posterior, x = finite(levels)
+    policy = posterior.policy
+    vectors = policy.projection(policy.features(x)).detach()
+    assert vectors.abs().max() <= 1
+    nearest = torch.cdist(vectors, model.codebook.weight.detach()).argmin(-1)
+    quantised, index, lost = posterior.quantise(vectors)
+    assert torch.equal(index, nearest) and len(nearest.unique()) > 2 and lost == 0
+    torch.testing.assert_close(quantised, model.codebook.weight.detach()[nearest])
+    best = policy.most_likely(policy.condition(model, x)).index
+    assert torch.equal(best[:, 0], nearest)
+    step = posterior.e_step(model, x)
+    expected = model.log_joint(x, Codes(best)).mean().item()
+    assert float(step.metrics["e_step/log_joint"]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_gradient_passes_through_the_rounding():
+    _, posterior, _ = finite((3, 2))
+    vectors = torch.tensor([[[0.3, -0.2], [-0.9, 0.8]]], requires_grad=True)
+    quantised, _, _ = posterior.quantise(vectors)
+    (gradient,) = torch.autograd.grad((quantised * torch.tensor([2.0, 5.0])).sum(), vectors)
+    torch.testing.assert_close(gradient, torch.tensor([2.0, 5.0]).expand_as(vectors))
+
+
+@pytest.mark.parametrize(
+    "levels, logits, message",
+    [
+        ((2, 2), "distance", "posterior=fsq needs policy.logits=bounded_distance"),
+        ((2, 1), "bounded_distance", "posterior.levels=[2, 1]: each must be at least 2"),
+        (
+            (2, 3, 2),
+            "bounded_distance",
+            "posterior.levels=[2, 3, 2] make 12 codes of 3 numbers; set model.codes=12 and "
+            "model.embedding=3",
+        ),
+    ],
+)
+def test_levels_that_make_no_codebook(levels, logits, message):
+    policy = make_policy(logits=logits, codes=4, embedding=2)
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        FiniteScalar(policy, levels)
