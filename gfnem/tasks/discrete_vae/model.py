@@ -45,6 +45,7 @@ class DiscreteVAE(TractableModel):
         learned.
     prior_width: of their networks.
     precision: "bfloat16" trains the decoder in autocast; evaluations are in float32 all the same.
+    compile: the decoder with torch.compile, which needs a compiler and a minute at the start.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class DiscreteVAE(TractableModel):
         prior: PriorName = "masked_linear",
         prior_width: int = 64,
         precision: Precision = "float32",
+        compile: bool = False,
     ):
         super().__init__()
         for name, value, least in (
@@ -97,6 +99,8 @@ class DiscreteVAE(TractableModel):
             self.grid,
         )
         self.prior = prior_named(prior, self.grid, codes, prior_width)
+        if compile:
+            self.decoder.compile()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The decoder's parameters, which may decay, and the others, which never do."""

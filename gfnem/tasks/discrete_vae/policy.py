@@ -64,6 +64,7 @@ class GridPolicy(Policy):
     autoregressive: False for a factorised q.
     precision: "bfloat16" trains the encoder's convolutions in autocast; evaluations are in float32
         all the same.
+    compile: the encoder's convolutions with torch.compile.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class GridPolicy(Policy):
         logits: Literal["linear", "distance", "bounded_distance"] = "linear",
         autoregressive: bool = True,
         precision: Precision = "float32",
+        compile: bool = False,
     ):
         super().__init__()
         for name, value, least in (
@@ -103,6 +105,8 @@ class GridPolicy(Policy):
         self.encoder = downwards(
             channels, encoder_width, blocks, (height, width), (grid[0], grid[1])
         )
+        if compile:
+            self.encoder.compile()
         self.projection: nn.Module = nn.Linear(
             encoder_width, codes if logits == "linear" else embedding
         )

@@ -16,6 +16,7 @@ from gfnem.tasks.discrete_vae.layers import (
     training_precision,
     upwards,
 )
+from tests.tasks.discrete_vae.tiny import make_model, make_policy
 
 WAYS = {
     ((28, 28), (4, 4)): [(28, 28), (14, 14), (7, 7), (4, 4)],
@@ -118,6 +119,15 @@ def test_each_pixel_is_a_layer_behind_the_spread():
     x = torch.randn(2, 4 * 5, 4, 5)
     behind = nn.functional.conv2d(spread(x), layer.weight[:, :, None, None], layer.bias)
     torch.testing.assert_close(spread(layer(x)), behind)
+
+
+def test_networks_are_compiled_on_request(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda network: compiled.append(network))
+    make_model(), make_policy()
+    assert not compiled
+    model, policy = make_model(compile=True), make_policy(compile=True)
+    assert compiled == [model.decoder, policy.encoder]
 
 
 def test_reduced_precision_is_for_training():
