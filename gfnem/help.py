@@ -15,9 +15,13 @@ usage:
   gfnem parse run=DIR [file=FILE] [decode=mbr] [samples=16]
                                            sentences in, one a line (standard input by default),
                                            bracketed trees out; decode is mbr, sample or viterbi
-  gfnem generate run=DIR [n=16]            sentences and their trees, drawn from the model
+  gfnem generate run=DIR [n=16] [file=samples.png]
+                                           sentences and their trees, drawn from the model, or a
+                                           picture of images, written to file
+  gfnem reconstruct run=DIR [file=reconstructions.png]
+                                           a picture of test images and what their codes keep
 
-  evaluate, parse and generate read the best checkpoint; checkpoint=last reads the last one.
+  verbs with run=DIR read the best checkpoint; checkpoint=last reads the last one.
 
 flags:
   -h, --help          this text
@@ -38,6 +42,8 @@ examples:
   gfnem
   gfnem data=treebank data.max_length=20 seed=1 em.m_steps=300
   gfnem posterior=exact
+  gfnem task=discrete_vae
+  gfnem task=discrete_vae data=mnist warm_start=vq refinement=resampling em.max_seconds=900
   gfnem latent=labelled policy=light objective=subtb refinement=back_and_forth schedule=adaptive
   gfnem --multirun seed=1,2,3 posterior=gflownet,exact
   echo "the old king slept" | gfnem parse run=DIR

@@ -20,6 +20,7 @@ from nltk import Tree
 import gfnem
 from gfnem.cli import main
 from gfnem.em import EM
+from gfnem.tasks.discrete_vae.evaluate import DiscreteVAEEvaluator
 from gfnem.tasks.grammar.evaluate import GrammarEvaluator
 
 GFLOWNET = ["schedule.warmup_e_steps=2", "policy.width=8"]
@@ -213,6 +214,37 @@ class TestResume:
         capsys.readouterr()
         assert main([f"resume={trained}", "em.m_steps=9", "--cfg"]) == 0
         assert yaml.safe_load(capsys.readouterr().out)["em"]["m_steps"] == 9
+
+
+class TestImages:
+    """What the other task's verbs do; a stopped run goes on as one of sentences does."""
+
+    def test_stop_resume_evaluate_and_pictures(
+        self,
+        tiny_images: list[str],
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        options = [*tiny_images, "warm_start=vq", "warm_start.steps=1"]
+        monkeypatch.setattr(DiscreteVAEEvaluator, "report", lambda *arguments: None)
+        assert main([*options, "run_dir=whole"]) == 0
+        stopped = interrupt(options, monkeypatch)
+        assert state_of(stopped, "last")["counters"]["m_steps"] == 3
+        early = json.loads((stopped / "summary.json").read_text())
+        assert early["train/m_steps"] == 3 and "test/nll" not in early
+        assert main([f"resume={stopped}"]) == 0
+        for which in ("last", "best"):
+            assert_same(state_of(stopped, which), state_of(Path("whole"), which))
+        capsys.readouterr()
+        assert main(["evaluate", "run=stopped", "evaluator.nll_samples=4"]) == 0
+        assert "test/exact_nll" in capsys.readouterr().out
+        assert main(["generate", "run=stopped", "n=3", "file=drawn.png"]) == 0
+        assert main(["reconstruct", "run=stopped"]) == 0
+        assert capsys.readouterr().out.splitlines() == [
+            "3 images drawn from the model: drawn.png",
+            "the first test images and their reconstructions: reconstructions.png",
+        ]
+        assert Path("drawn.png").exists() and Path("reconstructions.png").exists()
 
 
 class TestEvaluate:
