@@ -35,6 +35,7 @@ IMAGES = {
     ("data", "fashion_mnist"),
     ("data", "image_folder"),
     ("experiment", "digits"),
+    ("experiment", "rate_encoder"),
     ("experiment", "mnist_small"),
     ("experiment", "mnist_k4"),
     ("experiment", "mnist_k8"),
