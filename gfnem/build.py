@@ -116,11 +116,14 @@ def resolve(config: DictConfig) -> dict[str, Any]:
 
 
 def set_up(seed: int, threads: int | None, device: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """Seed all random numbers, set the number of CPU threads and choose the device."""
+    """Seed all random numbers, set up the CPU's arithmetic and choose the device."""
     if threads is not None:
         if threads < 1:
             raise UserError(f"threads is {threads}; it must be at least 1")
         torch.set_num_threads(threads)
+    # Numbers below 1e-38, such as the odds of a pixel that is never on, take a CPU ten times as
+    # long as others and change nothing.
+    torch.set_flush_denormal(True)
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but no CUDA device can be used here: take device=cpu")
     torch.manual_seed(seed)

@@ -133,3 +133,11 @@ def test_latent_reaches_model_and_policy(tiny_data: list[str], tiny_run: list[st
 
 def test_every_option_says_what_it_is() -> None:
     assert all(comment for options in GROUPS.values() for comment in options.values())
+
+
+def test_numbers_that_slow_a_cpu_down_are_zero(tiny_data: list[str], tiny_run: list[str]) -> None:
+    torch.set_flush_denormal(False)
+    tiny = torch.tensor(1e-39)
+    assert tiny / 2 > 0
+    build(compose([*tiny_data, *tiny_run]))
+    assert tiny / 2 == 0

@@ -124,7 +124,8 @@ def test_each_pixel_is_a_layer_behind_the_spread():
 def test_networks_are_compiled_on_request(monkeypatch):
     compiled = []
     monkeypatch.setattr(nn.Module, "compile", lambda network: compiled.append(network))
-    make_model(), make_policy()
+    make_model()
+    make_policy()
     assert not compiled
     model, policy = make_model(compile=True), make_policy(compile=True)
     assert compiled == [model.decoder, policy.encoder]
