@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -88,6 +89,8 @@ def _main(arguments: list[str]) -> int:
     if "--version" in arguments:
         print(f"gfnem {__version__}")
         return DONE
+    if arguments[:1] == ["compare"]:
+        return _compare(arguments[1:])
     command = _read(arguments)
     if command.verb != "train":
         return _use_run(command.verb, command.overrides)
@@ -214,8 +217,8 @@ def _use_run(verb: str, overrides: list[str]) -> int:
     of_run, overrides = _split(overrides, {"run": str, "checkpoint": Literal["best", "last"]})
     if "run" not in of_run:
         raise UserError(
-            f"gfnem {verb} needs run=DIR, the directory of a run; the verbs are train, evaluate "
-            "and those of the run's task, such as parse and generate"
+            f"gfnem {verb} needs run=DIR, the directory of a run; the verbs are train, compare, "
+            "evaluate and those of the run's task, such as parse and generate"
         )
     from gfnem.run import Run
 
@@ -247,6 +250,32 @@ def _use_run(verb: str, overrides: list[str]) -> int:
 def evaluate(em: EM, split: Literal["train", "valid", "test"] = "test") -> Iterator[str]:
     """Rate model and posterior on a split; gives lines with a metric each."""
     yield from _lines(em.evaluate(split, final=True))
+
+
+def _compare(arguments: list[str]) -> int:
+    """Put runs beside each other; what is no option is a place where there are runs."""
+    from gfnem.run.compare import compare
+    from gfnem.run.tracking import FilesTracker, WandbTracker
+    from gfnem.signatures import annotations_of
+
+    for argument in arguments:
+        if argument.startswith("-"):
+            raise UserError("gfnem compare takes no flags: see gfnem --help")
+    given = [argument for argument in arguments if re.match(r"\+*[\w.]+=", argument)]
+    places = [argument for argument in arguments if argument not in given]
+    own = {"wandb": str, "metrics": str, "out": str, "tracker": Literal["files", "wandb"]}
+    of_wandb = {f"tracker.{key}": kind for key, kind in annotations_of(WandbTracker).items()}
+    options, others = _split(given, own | of_wandb)
+    _refuse(others, lambda key: True, f"compare takes {', '.join(own)}, tracker.KEY and folders")
+    tracked = {key.partition(".")[2]: options.pop(key) for key in of_wandb if key in options}
+    if options.pop("tracker", "files") == "wandb":
+        tracker = WandbTracker(**tracked)
+    else:
+        _refuse(given, lambda key: key in of_wandb, "it has no effect without tracker=wandb")
+        tracker = FilesTracker()
+    project = options.pop("wandb", None)
+    compare(places, project, tracker=tracker, **options)
+    return DONE
 
 
 def _split(

@@ -20,6 +20,10 @@ usage:
                                            picture of images, written to file
   gfnem reconstruct run=DIR [file=reconstructions.png]
                                            a picture of test images and what their codes keep
+  gfnem compare DIR DIR ... [out=comparison] [metrics=test/nll*,time/seconds] [tracker=wandb]
+                                           runs beside each other, seeds as mean ± deviation: a
+                                           table and curves; a DIR may hold many runs or be a
+                                           quoted pattern; wandb=ENTITY/PROJECT reads from there
 
   verbs with run=DIR read the best checkpoint; checkpoint=last reads the last one.
 
@@ -46,6 +50,7 @@ examples:
   gfnem task=discrete_vae data=mnist warm_start=vq refinement=resampling em.max_seconds=900
   gfnem latent=labelled policy=light objective=subtb refinement=back_and_forth schedule=adaptive
   gfnem --multirun seed=1,2,3 posterior=gflownet,exact
+  gfnem compare runs/grammar metrics=test/nll_per_token,test/posterior_gap
   echo "the old king slept" | gfnem parse run=DIR
 """
 

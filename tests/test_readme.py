@@ -42,7 +42,7 @@ def test_two_commands_set_up(readme: str, root: Path) -> None:
 def test_command_lines(readme: str) -> None:
     lines = [line for block in blocks(readme, "bash") for line in block.splitlines()]
     commands = [shlex.split(line.rpartition("| ")[2]) for line in lines if "gfnem " in line]
-    verbs = {"evaluate", "parse", "generate"}
+    verbs = {"evaluate", "parse", "generate", "compare"}
     for program, *arguments in commands:
         assert program == "gfnem"
         if arguments[0] in verbs or arguments[0].startswith("resume="):

@@ -19,10 +19,10 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import MaxNLocator
-from torch import Tensor
 
 if TYPE_CHECKING:
     from nltk import Tree
+    from torch import Tensor
 
 PANELS: Mapping[str, Sequence[str]] = {
     "E-step loss": ("train/e_loss*", "schedule/*"),
@@ -38,6 +38,7 @@ PANELS: Mapping[str, Sequence[str]] = {
 
 _INK, _PALE, _BLUE = "#222222", "#858585", "#1f6fb4"
 _COLORS = (_BLUE, "#d1601f", "#3a8f4d", "#8d5fb0", "#b5892b", "#5b6770")
+_STYLES = ("-", "--", ":", "-.")
 _SMOOTHED_FROM = 60  # points; a curve of more is drawn pale, with its running mean on top
 
 
@@ -68,15 +69,10 @@ def learning_curves(
     for index, (title, found) in enumerate(curves.items(), start=1):
         axes = figure.add_subplot(rows, columns, index, sharex=first)
         first = first or axes
-        _style(axes, title)
-        axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        axes.set_xlabel("M-steps", fontsize=9, color=_INK)
+        _style_curves(axes, title, "M-steps")
         for number, (key, (steps, values)) in enumerate(found.items()):
             _curve(axes, steps, values, key, _COLORS[number % len(_COLORS)])
-        values = [value for _, curve in found.values() for value in curve]
-        if min(values) > 0 and max(values) / min(values) > 50:
-            axes.set_yscale("log")
+        _scale(axes, [value for _, curve in found.values() for value in curve])
         if len(found) > 1:
             axes.legend(fontsize=8, framealpha=0.8, edgecolor="none")
         else:
@@ -108,6 +104,75 @@ def _curve(
     windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     means = [sum(window) / len(window) for window in windows]
     axes.plot(steps, means, color=color, linewidth=1.8, label=label)
+
+
+def banded_curves(
+    settings: Mapping[str, Sequence[Sequence[Mapping[str, float]]]],
+    names: Sequence[str],
+    steps: Mapping[str, str],
+) -> Figure:
+    """Draw metrics of several settings, each as the mean over its runs in a band.
+
+    The band is one standard deviation (n - 1) wide to either side. Runs are interpolated to each
+    other's steps, and drawn as far as all runs of a setting go.
+
+    Args:
+        settings: label -> the lines of `metrics.jsonl` of each of its runs.
+        names: the metrics, each with a row of panels.
+        steps: the metrics on the horizontal axes, with a column of panels each -> what they are
+            called.
+    """
+    height = 2.8 * len(names) + 0.26 * len(settings)
+    figure = Figure(
+        figsize=(4.6 * len(steps), height), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+    )
+    panels = figure.subplots(len(names), len(steps), sharex="col", sharey="row", squeeze=False)
+    lines = {}
+    for row, name in zip(panels, names, strict=True):
+        drawn: list[float] = []
+        for axes, (step, label) in zip(row, steps.items(), strict=True):
+            _style_curves(axes, name, label, integer=step != "time/seconds")
+            axes.tick_params(labelbottom=True)
+            for number, (setting, runs) in enumerate(settings.items()):
+                found = [_curves(run, (name,), step).get(name) for run in runs]
+                x, mean, deviation = _band([curve for curve in found if curve is not None])
+                color = _COLORS[number % len(_COLORS)]
+                style = _STYLES[number // len(_COLORS) % len(_STYLES)]
+                (lines[setting],) = axes.plot(
+                    x,
+                    mean,
+                    style,
+                    color=color,
+                    linewidth=1.6,
+                    marker="o" if len(x) < _SMOOTHED_FROM else None,
+                    markersize=3,
+                )
+                axes.fill_between(
+                    x, mean - deviation, mean + deviation, color=color, alpha=0.18, linewidth=0
+                )
+                drawn += mean.tolist()
+        if drawn:
+            _scale(row[0], drawn)
+    legend = figure.legend(
+        list(lines.values()), list(lines), loc="outside lower left", fontsize=8, edgecolor="none"
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return figure
+
+
+def _band(
+    curves: Sequence[tuple[Sequence[float], Sequence[float]]],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Steps, mean and standard deviation of curves, where all of them are."""
+    if not curves:
+        return np.empty(0), np.empty(0), np.empty(0)
+    first, last = max(min(steps) for steps, _ in curves), min(max(steps) for steps, _ in curves)
+    x = np.unique(np.concatenate([steps for steps, _ in curves]))
+    x = x[(first <= x) & (x <= last)]
+    values = np.stack([np.interp(x, steps, values) for steps, values in curves])
+    deviation = values.std(axis=0, ddof=1) if len(curves) > 1 else np.zeros_like(x)
+    return x, values.mean(axis=0), deviation
 
 
 def bar_table(rows: Mapping[str, Mapping[str, float]], title: str = "", own: str = "") -> Figure:
@@ -147,6 +212,19 @@ def bar_table(rows: Mapping[str, Mapping[str, float]], title: str = "", own: str
                 fontweight="bold" if mine else "normal",
             )
     return figure
+
+
+def _style_curves(axes: Axes, title: str, label: str, integer: bool = True) -> None:
+    _style(axes, title)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=integer))
+    axes.set_xlabel(label, fontsize=9, color=_INK)
+
+
+def _scale(axes: Axes, values: Sequence[float]) -> None:
+    """Draw wide ranges on a logarithmic scale."""
+    if min(values) > 0 and max(values) / min(values) > 50:
+        axes.set_yscale("log")
 
 
 def _style(axes: Axes, title: str) -> None:

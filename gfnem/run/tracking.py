@@ -143,7 +143,7 @@ class WandbTracker:
                 wandb.teardown()
         if self._run is not None:
             (path / "wandb").mkdir(exist_ok=True)
-            _id_file(path).write_text(self._run.id + "\n")
+            id_file(path).write_text(self._run.id + "\n")
             if self._run.url:
                 logger.info("wandb: %s", self._run.url)
 
@@ -191,7 +191,7 @@ class WandbTracker:
             finish_timeout=_FINISH_SECONDS,
         )
         wandb.setup(settings=settings)
-        begun = _id_file(path).read_text().strip() if _id_file(path).is_file() else None
+        begun = id_file(path).read_text().strip() if id_file(path).is_file() else None
         return wandb.init(
             project=self.project,
             group=self.group,
@@ -243,5 +243,6 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
-def _id_file(path: Path) -> Path:
+def id_file(path: Path) -> Path:
+    """Where a directory keeps the id of its run of the service."""
     return path / "wandb" / "run-id.txt"

@@ -1,0 +1,303 @@
+"""Runs beside each other: `gfnem compare`."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gfnem.errors import UserError
+from gfnem.run.checkpoint import atomic_write
+from gfnem.run.finished import FinishedRun, finished_runs
+from gfnem.run.settings import differences, settings_of
+from gfnem.run.tracking import FilesTracker, Tracker, id_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+METRICS = ("test/*", "train/m_steps", "time/seconds")
+"""What is compared by default, of what all runs have."""
+
+CURVES = (
+    "valid/*nll*",
+    "valid/elbo",
+    "valid/*sentence_f1*",
+    "valid/*gap*",
+    "valid/*distinct*",
+    "valid/*right*edge*",
+)
+"""What is drawn by default: of each pattern the first of the metrics that most settings have."""
+
+Result = tuple[float, float]
+"""Mean and standard deviation (n - 1) over seeds, NaN for one seed."""
+
+
+def compare(
+    places: Sequence[str],
+    project: str | None = None,
+    metrics: str | None = None,
+    out: str = "comparison",
+    tracker: Tracker | None = None,
+) -> None:
+    """Put runs beside each other: print a table, and write it to a folder with curves.
+
+    Args:
+        places: directories of runs, folders that hold some at any depth, or patterns of both.
+        project: runs of this project of Weights & Biases, ENTITY/PROJECT, come in addition.
+        metrics: patterns of names, comma-separated; by default the results on test data that all
+            runs have, M-steps and seconds.
+        out: the folder of table.md, table.csv and curves.png, which replace those of before.
+        tracker: who is told of the comparison beside the files, as of a run of its own.
+
+    Raises:
+        UserError: a place holds no runs, the project cannot be read, no run is complete, a
+            pattern fits no metric, or the folder holds a run or cannot be written.
+    """
+    if not places and project is None:
+        raise UserError("compare needs folders of runs, DIR DIR ..., or wandb=ENTITY/PROJECT")
+    folder = Path(out)
+    if (folder / "config.yaml").exists():
+        raise UserError(f"out={out} holds a run: name another folder")
+    comparison = Comparison(finished_runs(places, project), metrics)
+    comparison.show()
+    try:
+        figure = comparison.write(folder)
+    except OSError as error:
+        raise UserError(f"out={out} cannot be written ({error.strerror}): name another") from None
+    print(f"written to {folder}")
+    tracker = tracker or FilesTracker()
+    id_file(folder).unlink(missing_ok=True)  # made again, it is another run of the service
+    names = [run.name for row in comparison.rows for run in row]
+    tracker.start(folder, {"compare": names, "metrics": comparison.metrics})
+    tracker.table("comparison", *comparison.numbers())
+    if figure is not None:
+        tracker.figure("curves", figure)
+    tracker.finish("finished")
+
+
+class Comparison:
+    """A table of settings and their results.
+
+    Attributes:
+        rows: the runs of each setting, one for each seed.
+        settings: what differs between the rows: name -> the value in each row, or "".
+        metrics: names of the results.
+
+    Args:
+        runs: those to compare. Of several with the same configuration and seed the first counts,
+            the others are named on standard error.
+        patterns: as in `compare`.
+
+    Raises:
+        UserError: a pattern fits no metric.
+    """
+
+    def __init__(self, runs: Sequence[FinishedRun], patterns: str | None = None) -> None:
+        settings = settings_of([run.config for run in runs])
+        self.rows = [_one_of_each_seed([runs[i] for i in setting.runs]) for setting in settings]
+        self.settings = differences([setting.options for setting in settings])
+        runs = [run for row in self.rows for run in row]
+        if patterns is None:
+            shared = (n for n in runs[0].numbers if all(n in run.numbers for run in runs))
+            self.metrics = _matching(shared, METRICS)
+            self.curves = self._usual_curves()
+        else:
+            self.metrics = _chosen(runs, patterns.split(","))
+            # The curve of a final number has the name of its split alone.
+            bare = (re.sub("^(last/)?(test|valid)/", "", name) for name in self.metrics)
+            names = dict.fromkeys(f"valid/{name}" for name in bare)
+            self.curves = [name for name in names if self._rows_with_curve(name)]
+
+    def result(self, row: int, metric: str) -> Result | None:
+        """What the seeds of a row have of a metric; None where none has it.
+
+        A number that one of them lacks, or that is not finite, leaves the others without a mean.
+        """
+        runs = self.rows[row]
+        if all(metric not in run.numbers for run in runs):
+            return None
+        values = [run.numbers.get(metric, math.nan) for run in runs]
+        if len(values) == 1:
+            return values[0], math.nan
+        if len(set(values)) == 1:  # without the rounding of a mean
+            return values[0], 0.0
+        return float(np.mean(values)), float(np.std(values, ddof=1))
+
+    def texts(self) -> tuple[list[str], list[list[str]]]:
+        """The table for people: its columns and its rows."""
+        cells = {name: [value or "–" for value in shown] for name, shown in self.settings.items()}
+        cells["seeds"] = [str(len(row)) for row in self.rows]
+        for metric in self.metrics:
+            results = [self.result(row, metric) for row in range(len(self.rows))]
+            cells[metric] = _texts(results)
+        return list(cells), [list(row) for row in zip(*cells.values(), strict=True)]
+
+    def numbers(self) -> tuple[list[str], list[list[str | float]]]:
+        """The table for programs: its columns and its rows, with a column for each deviation."""
+        columns = [*self.settings, "seeds"]
+        columns += [f"{metric}{end}" for metric in self.metrics for end in ("", " sd")]
+        rows: list[list[str | float]] = []
+        for number, row in enumerate(self.rows):
+            cells: list[str | float] = [shown[number] for shown in self.settings.values()]
+            cells.append(len(row))
+            for metric in self.metrics:
+                result = self.result(number, metric) or ("", "")
+                cells += ["" if value != value else value for value in result]  # NaN
+            rows.append(cells)
+        return columns, rows
+
+    def labels(self) -> list[str]:
+        """A name for each row."""
+        if not self.settings:
+            (row,) = self.rows
+            return [f"{len(row)} seeds" if len(row) > 1 else row[0].name]
+        labels = []
+        for row in range(len(self.rows)):
+            values = {name: shown[row] for name, shown in self.settings.items()}
+            told = {name: value for name, value in values.items() if value}
+            told = told or dict.fromkeys(values, "–")
+            labels.append(", ".join(f"{name}={value}" for name, value in told.items()))
+        return labels
+
+    def markdown(self) -> str:
+        columns, rows = self.texts()
+        lines = [columns, ["---"] * len(self.settings) + ["---:"] * (1 + len(self.metrics)), *rows]
+        return "".join(
+            f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n"
+            for line in lines
+        )
+
+    def figure(self) -> Figure | None:
+        """Curves of all rows, over M-steps and over seconds; None where there are none."""
+        if not self.curves:
+            return None
+        from gfnem.run.plots import banded_curves
+
+        trained = any(run.numbers.get("train/m_steps") for row in self.rows for run in row)
+        # Where posteriors of fixed models are rated, there are no M-steps.
+        count = {"train/m_steps": "M-steps"} if trained else {"train/e_steps": "E-steps"}
+        lines = ([run.lines for run in row] for row in self.rows)
+        curves = dict(zip(self.labels(), lines, strict=True))
+        return banded_curves(curves, self.curves, {**count, "time/seconds": "seconds"})
+
+    def write(self, folder: Path) -> Path | None:
+        """Write the files of `compare`; returns the path of the figure where there is one."""
+        text = io.StringIO()
+        columns, rows = self.numbers()
+        csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in (("table.md", self.markdown()), ("table.csv", text.getvalue())):
+            with atomic_write(folder / name) as file:
+                file.write(content.encode())
+        figure, path = self.figure(), folder / "curves.png"
+        if figure is None:
+            path.unlink(missing_ok=True)
+            return None
+        with atomic_write(path) as file:
+            figure.savefig(file, format="png", dpi=150)
+        return path
+
+    def show(self) -> None:
+        """Print the table: rows as lines, or as columns on a terminal that is too narrow."""
+        columns, rows = self.texts()
+        lines = [columns, *rows]
+        if not sys.stdout.isatty():
+            widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+            for line in lines:
+                cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+                print("  ".join(cells).rstrip())
+            return
+        from rich.console import Console
+
+        console = Console()
+        table = _rich(lines)
+        unbounded = console.options.update(max_width=sys.maxsize)
+        if console.measure(table, options=unbounded).maximum > console.width:
+            table = _rich([list(column) for column in zip(*lines, strict=True)])
+        console.print(table)
+
+    def _usual_curves(self) -> list[str]:
+        runs = [run for row in self.rows for run in row]
+        names = dict.fromkeys(name for run in runs for line in run.lines for name in line)
+        found = (_matching(names, (pattern,)) for pattern in CURVES)
+        return [max(some, key=self._rows_with_curve) for some in found if some]
+
+    def _rows_with_curve(self, name: str) -> int:
+        return sum(any(name in line for run in row for line in run.lines) for row in self.rows)
+
+
+def _one_of_each_seed(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
+    kept: dict[object, FinishedRun] = {}
+    for run in runs:
+        # Runs without a seed are not known to be the same.
+        first = kept.setdefault(run.config.get("seed", run.name), run)
+        if first is not run:
+            print(
+                f"left out: {run.name} repeats {first.name}, with the same configuration and seed",
+                file=sys.stderr,
+            )
+    return list(kept.values())
+
+
+def _matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """The names that fit, in the order of the patterns."""
+    names = list(names)
+    fitting = (name for pattern in patterns for name in names if fnmatchcase(name, pattern))
+    return list(dict.fromkeys(fitting))
+
+
+def _chosen(runs: Sequence[FinishedRun], patterns: Sequence[str]) -> list[str]:
+    names = dict.fromkeys(name for run in runs for name in run.numbers)
+    for pattern in patterns:
+        if not _matching(names, (pattern,)):
+            example = next(name for name in names if name.startswith("test/"))
+            raise UserError(
+                f"metrics={pattern} fits no metric: the names are those of summary.json, such as "
+                f"{example}, and last/valid/... for the last evaluation"
+            )
+    return _matching(names, patterns)
+
+
+def _texts(results: Sequence[Result | None]) -> list[str]:
+    """The results of a column, with as many decimals as its usual deviation has meaning for."""
+    known = [result for result in results if result is not None and math.isfinite(result[0])]
+    deviations = [deviation for _, deviation in known if deviation > 0]
+    if deviations:
+        decimals = 1 - math.floor(math.log10(np.median(deviations)))
+    elif all(float(mean).is_integer() for mean, _ in known):
+        decimals = 0
+    else:
+        decimals = 3 - math.floor(math.log10(max(abs(mean) for mean, _ in known)))
+    decimals = min(max(decimals, 0), 4)
+    texts = []
+    for result in results:
+        if result is None:
+            texts.append("–")
+            continue
+        mean, deviation = result
+        text = f"{mean:.{decimals}f}"
+        texts.append(f"{text} ± {deviation:.{decimals}f}" if deviation > 0 else text)
+    return texts
+
+
+def _rich(lines: Sequence[Sequence[str]]) -> Table:
+    from rich.box import SIMPLE
+    from rich.table import Table
+    from rich.text import Text
+
+    head, *rows = lines
+    table = Table(box=SIMPLE, header_style="bold")
+    for name in head:
+        table.add_column(Text(name))
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
