@@ -319,6 +319,32 @@ class TestGenerate:
         assert capsys.readouterr().out != captured.out
 
 
+class TestCompare:
+    def test_puts_runs_beside_each_other(
+        self,
+        trained: Path,
+        tiny: list[str],
+        no_report: None,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        exact = [option for option in tiny if option not in GFLOWNET]
+        assert main([*exact, "posterior=exact", "run_dir=runs/exact"]) == 0
+        other = Path("runs/exact").rename("runs/lr=1")  # not an option
+        tracker = ["tracker=wandb", "tracker.mode=disabled", "tracker.tags=[a]"]
+        capsys.readouterr()
+        options = ["metrics=test/nll_per_token,time/*", "out=report", *tracker]
+        assert main(["compare", str(trained.parent), str(other), *options]) == 0
+        head, *rows, last = capsys.readouterr().out.splitlines()
+        assert head.split() == ["posterior", "seeds", "test/nll_per_token", "time/seconds"]
+        for run, row, name in zip(
+            (trained, other), rows, ("GFlowNetPosterior", "ExactPosterior"), strict=True
+        ):
+            nll = json.loads((run / "summary.json").read_text())["test/nll_per_token"]
+            assert row.split()[:3] == [name, "1", f"{nll:.3f}"]
+        assert last == "written to report"
+        assert (Path("report") / "curves.png").exists()
+
+
 class TestHelp:
     def test_lists_groups_and_comes_without_torch(self, root: Path) -> None:
         code = (
@@ -330,7 +356,8 @@ class TestHelp:
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
-        for word in ("parse", "generate", "evaluate", "resume", "back_and_forth", "root_flow"):
+        verbs = ("parse", "generate", "evaluate", "resume", "compare")
+        for word in (*verbs, "back_and_forth", "root_flow"):
             assert word in done.stdout
         assert max(map(len, done.stdout.splitlines())) <= 100
 
@@ -390,6 +417,13 @@ MISTAKES = [
     (["evaluate", "run=nosuch"], "run directory nosuch does not exist"),
     (["evaluate", "-m", "run=nosuch"], "gfnem evaluate takes no flags"),
     (["resume=nosuch"], "run directory nosuch does not exist"),
+    (["compare"], "compare needs folders of runs, DIR DIR ..., or wandb=ENTITY/PROJECT"),
+    (["compare", "nosuch"], "'nosuch' does not exist: check the path"),
+    (["compare", "-m", "nosuch"], "gfnem compare takes no flags"),
+    (["compare", "x", "seed=1"], "seed=1: compare takes wandb, metrics, out, tracker, tracker.KEY"),
+    (["compare", "x", "tracker=no"], "tracker=no: it must be one of files, wandb"),
+    (["compare", "x", "tracker.name=x"], "tracker.name=x: it has no effect without tracker=wandb"),
+    (["compare", "x", "tracker=wandb", "tracker.mode=on"], "tracker.mode=on is unknown"),
     (["resume=nosuch", "-m"], "resume=DIR goes with neither --multirun nor --config-dir"),
 ]
 

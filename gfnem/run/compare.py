@@ -297,7 +297,7 @@ def _rich(lines: Sequence[Sequence[str]]) -> Table:
     head, *rows = lines
     table = Table(box=SIMPLE, header_style="bold")
     for name in head:
-        table.add_column(Text(name))
+        table.add_column(Text(name), overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
     return table
