@@ -126,6 +126,13 @@ def test_command_line_wins_over_data_and_experiment() -> None:
     assert (config.model.nonterminals, config.model.preterminals) == (5, 60)
 
 
+def test_experiments_say_how_the_e_step_draws() -> None:
+    posterior = compose(["experiment=published_grammar"]).posterior
+    assert (posterior.sleep, posterior.behaviour.temperature) == (1.0, 1.1)
+    posterior = compose(["experiment=published_grammar", "posterior.sleep=0.5"]).posterior
+    assert posterior.sleep == 0.5
+
+
 def test_latent_reaches_model_and_policy(tiny_data: list[str], tiny_run: list[str]) -> None:
     config = build(compose([*tiny_data, *tiny_run, "latent=labelled"])).config
     assert config["model"]["latent"] == config["policy"]["latent"] == "labelled"
