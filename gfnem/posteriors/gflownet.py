@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from gfn.estimators import Estimator
-from gfn.gflownet import PFBasedGFlowNet
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from gfnem.errors import UserError
 from gfnem.model import LatentVariableModel
-from gfnem.objectives import ScoredTrajectories, VarGrad, vargrad
+from gfnem.objectives import Objective, ScoredTrajectories, WeightedSum, vargrad
 from gfnem.posterior import EStep, Latents, Posterior
 from gfnem.posteriors.refinement import Refinement
 
@@ -125,9 +124,9 @@ class GFlowNetPosterior(Posterior):
     objective: a factory of `gfnem.objectives`, called with the policy's estimators.
     samples: trajectories of each data point in an E-step, and latents in an M-step.
     behaviour: how the E-step's trajectories are drawn; the M-step's are always plain draws.
-    sleep: probability that an E-step also has a sleep phase: latents and data are drawn from the
-        model and -log P_F of a trajectory from P_B is minimised.
-    sleep_samples: data points drawn for it.
+    sleep: probability that an E-step has a sleep phase beside what the objective asks for: latents
+        and data are drawn from the model and -log P_F of a trajectory from P_B is minimised.
+    sleep_samples: data points drawn for a sleep phase.
     refinement: what makes the M-step's latents of plain draws; None takes the draws.
     flow_lr: learning rate of log Z(x) and the state flows; None for the optimizer's own.
     """
@@ -135,7 +134,7 @@ class GFlowNetPosterior(Posterior):
     def __init__(
         self,
         policy: Policy,
-        objective: Callable[[Estimator, Estimator], PFBasedGFlowNet] = vargrad,
+        objective: Objective = vargrad,
         samples: int = 4,
         behaviour: Behaviour = ON_POLICY,
         sleep: float = 0.0,
@@ -149,10 +148,21 @@ class GFlowNetPosterior(Posterior):
         if not 0 <= sleep <= 1:
             raise UserError(f"posterior.sleep is {sleep}; it is a probability")
         self.policy = policy
-        # torchgfn objectives own their estimators as modules; the policy's parameters belong here.
-        self._objective = (objective(*policy.estimators()),)
-        if samples < 2 and isinstance(self.objective, VarGrad):
-            raise UserError(f"posterior.samples is {samples}; objective=vargrad needs at least 2")
+        # No submodule: torchgfn objectives own their estimators, but the policy's parameters
+        # belong here.
+        self.objective = WeightedSum.of(objective(*policy.estimators()))
+        for part, _ in self.objective.wake:
+            if samples < part.least_samples:
+                raise UserError(
+                    f"posterior.samples is {samples}; objective={part.name} needs at least "
+                    f"{part.least_samples}"
+                )
+            if not (part.off_policy or behaviour.on_policy):
+                raise UserError(
+                    f"posterior.behaviour has temperature={behaviour.temperature} and "
+                    f"epsilon={behaviour.epsilon}; objective={part.name} needs plain draws of the "
+                    "policy: set temperature=1 and epsilon=0"
+                )
         self.samples = samples
         self.behaviour = behaviour
         self.sleep = sleep
@@ -161,36 +171,55 @@ class GFlowNetPosterior(Posterior):
         self.flow_lr = flow_lr
 
     @property
-    def objective(self) -> PFBasedGFlowNet:
-        return self._objective[0]
-
-    @property
     def m_step_samples(self) -> int:
         return self.samples
 
     def e_step(self, model: LatentVariableModel, x: Any) -> EStep:
+        """The loss that brings q closer to p(z | x); see `Posterior.e_step`.
+
+        Raises UserError where the sleep phase is all there is and none of the model's draws fit.
+        """
+        step = self._wake(model, x) if self.objective.wake else EStep(loss=None, latents=None)
+        weight = self.objective.sleep
+        if self.sleep > 0 and float(torch.rand(())) < self.sleep:
+            weight += 1
+        sleep_loss = self.sleep_loss(model) if weight > 0 else None
+        if sleep_loss is None:
+            if step.loss is None:
+                raise UserError(
+                    f"posterior.sleep_samples is {self.sleep_samples}, but none of the model's "
+                    "draws fits and objective=sleep learns from nothing else: draw more, or use an "
+                    "objective that learns from the data too"
+                )
+            return step
+        loss = weight * sleep_loss
+        return replace(
+            step,
+            loss=loss if step.loss is None else step.loss + loss,
+            metrics={**step.metrics, "e_step/sleep": sleep_loss.detach()},
+        )
+
+    def _wake(self, model: LatentVariableModel, x: Any) -> EStep:
+        """What the objective says of trajectories of x."""
         condition = self.policy.condition(model, x)
         paths = self.policy.sample(condition, self.samples, self.behaviour)
         trajectories = self.policy.trajectories(condition, paths)
-        # torchgfn's base class does not declare what all its objectives take.
-        objective: Any = self.objective
-        loss = objective.loss(
-            trajectories.env,
-            trajectories,
-            recalculate_all_logprobs=False,
-            log_rewards=paths.log_joint.flatten(),
-        )
+        loss = paths.log_forward.new_zeros(())
+        for part, weight in self.objective.wake:
+            # torchgfn's base class does not declare what all its objectives take.
+            objective: Any = part
+            loss = loss + weight * objective.loss(
+                trajectories.env,
+                trajectories,
+                recalculate_all_logprobs=False,
+                log_rewards=paths.log_joint.flatten(),
+            )
         log_weights = paths.log_weights.detach()
         weights = log_weights.softmax(-1)
         metrics = {
             "e_step/objective": loss.detach(),
             "e_step/effective_samples": (1 / weights.square().sum(-1)).mean(),
         }
-        if self.sleep > 0 and float(torch.rand(())) < self.sleep:
-            sleep_loss = self.sleep_loss(model)
-            if sleep_loss is not None:
-                loss = loss + sleep_loss
-                metrics["e_step/sleep"] = sleep_loss.detach()
         latents = Latents(paths.z, log_weights) if self.behaviour.on_policy else None
         return EStep(loss, latents, metrics)
 
