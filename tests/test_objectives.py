@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,7 +10,20 @@ import torch
 from gfn.gflownet import LogPartitionVarianceGFlowNet
 from torch import Tensor
 
-from gfnem.objectives import ScoredTrajectories, subtb, tb, vargrad
+from gfnem.errors import UserError
+from gfnem.objectives import (
+    ScoredTrajectories,
+    WeightedSum,
+    db,
+    fl_db,
+    forward_kl,
+    reverse_kl,
+    sleep,
+    subtb,
+    tb,
+    vargrad,
+    weighted_sum,
+)
 from gfnem.posteriors.gflownet import Paths
 from gfnem.tasks.grammar.data import Sentences
 from gfnem.tasks.grammar.policy import ForestCondition, ForestPolicy
@@ -79,6 +94,14 @@ class Setting:
         complete = step >= self.x.lengths.repeat_interleave(6) - 1
         return torch.where(complete, 0.0, log_flow - partial), partial
 
+    def without_partial_rewards(self) -> Paths:
+        """The exact trajectories, with all of their flows learned but the complete states'."""
+        learned, partial = self.exact.flows()
+        step = torch.arange(max(LENGTHS))[:, None]
+        complete = step >= self.x.lengths.repeat_interleave(6) - 1
+        flows = torch.where(complete, 0.0, learned + partial), partial
+        return replace(self.exact, flows=lambda: flows)
+
     def trajectories(self, paths: Paths) -> ScoredTrajectories:
         return self.policy.trajectories(self.condition, paths)
 
@@ -144,14 +167,7 @@ def test_trajectory_balance_is_the_squared_difference():
 @pytest.mark.parametrize("forward_looking", [True, False])
 def test_subtrajectory_balance_is_zero_with_exact_flows(latent, backward, forward_looking):
     setting = Setting(latent, backward)
-    exact = setting.exact
-    if not forward_looking:
-        _, partial = setting.paths.flows()
-        learned = setting.log_flow
-        step = torch.arange(max(LENGTHS))[:, None]
-        complete = step >= setting.x.lengths.repeat_interleave(6) - 1
-        flows = torch.where(complete, 0.0, learned), partial
-        exact = replace(exact, flows=lambda: flows)
+    exact = setting.exact if forward_looking else setting.without_partial_rewards()
 
     def objective(pf, pb):
         return subtb(pf, pb, forward_looking=forward_looking)
@@ -199,7 +215,114 @@ def test_subtrajectory_balance_weighs_all_subtrajectories(lamda, forward_looking
     assert setting.loss(objective, paths) == pytest.approx(total / learned.shape[1])
 
 
-@pytest.mark.parametrize("objective", [vargrad, tb, subtb])
+@every_backward
+@pytest.mark.parametrize("objective", [db, fl_db])
+def test_detailed_balance_is_zero_with_exact_flows(latent, backward, objective):
+    setting = Setting(latent, backward)
+    exact = setting.exact if objective is fl_db else setting.without_partial_rewards()
+    assert setting.loss(objective, exact) < 1e-18
+    # A wrong flow costs 1 on its way in and on its way out, a wrong probability once.
+    transitions = 6 * sum(LENGTHS)
+    learned, partial = exact.flows()
+    wrong = learned.clone()
+    wrong[1, 0] += 1
+    wrong_flows = replace(exact, flows=lambda: (wrong, partial))
+    assert setting.loss(objective, wrong_flows) == pytest.approx(2 / transitions)
+    log_forward = exact.log_forward.clone()
+    log_forward[1, 2, 0] += 1
+    wrong_forward = replace(exact, log_forward=log_forward)
+    assert setting.loss(objective, wrong_forward) == pytest.approx(1 / transitions)
+
+
+@pytest.mark.parametrize("objective", [db, fl_db])
+def test_detailed_balance_is_the_mean_over_all_transitions(objective):
+    """Written out, with the sum of all sentences' transitions in the denominator."""
+    setting = Setting("shape", "learned")
+    paths = setting.paths
+    learned, partial = (flow.detach() for flow in paths.flows())
+    log_p = (paths.log_forward - paths.log_backward).detach().flatten(1)
+    squares = []
+    for row in range(learned.shape[1]):
+        length = LENGTHS[row // 6]
+        flow = [
+            float(learned[step, row] + (partial[step, row] if objective is fl_db else 0.0))
+            for step in range(length - 1)
+        ]
+        end = float(paths.log_joint.flatten()[row])
+        flow += [end, end]
+        squares += [
+            (flow[step] + float(log_p[step, row]) - flow[step + 1]) ** 2 for step in range(length)
+        ]
+    assert setting.loss(objective, paths) == pytest.approx(sum(squares) / len(squares))
+
+
+def test_reverse_kl_is_the_negative_lower_bound_and_teaches_both_policies():
+    setting = Setting("shape", "learned")
+    log_weights = setting.paths.log_weights.detach()
+    assert setting.loss(reverse_kl, setting.paths) == pytest.approx(-float(log_weights.mean()))
+    trajectories = setting.trajectories(setting.paths)
+    loss = reverse_kl(*setting.estimators).loss(trajectories.env, trajectories)
+    (found,) = torch.autograd.grad(loss, trajectories.log_pb, retain_graph=True)
+    torch.testing.assert_close(found, torch.full_like(found, -1 / 24))
+    # The score, -log w, less its mean over the five other trajectories of the sentence.
+    (found,) = torch.autograd.grad(loss, trajectories.log_probs)
+    for row, weight in enumerate(log_weights.flatten().tolist()):
+        others = (sum(log_weights[row // 6].tolist()) - weight) / 5
+        assert float(found[0, row]) == pytest.approx((others - weight) / 24)
+
+
+def test_forward_kl_weighs_the_trajectories_of_each_sentence():
+    setting = Setting("shape", "learned")
+    log_weights = setting.paths.log_weights.detach().tolist()
+    log_forward = setting.paths.log_forward.detach().sum(0).tolist()
+    total = 0.0
+    for weights, scores in zip(log_weights, log_forward, strict=True):
+        exact = [math.exp(weight) for weight in weights]
+        total -= sum(w * score for w, score in zip(exact, scores, strict=True)) / sum(exact)
+    assert setting.loss(forward_kl, setting.paths) == pytest.approx(total / len(LENGTHS))
+    trajectories = setting.trajectories(setting.paths)
+    loss = forward_kl(*setting.estimators).loss(trajectories.env, trajectories)
+    assert torch.autograd.grad(loss, trajectories.log_pb, allow_unused=True) == (None,)
+
+
+def test_a_weighted_sum_may_hold_another():
+    parts: Any = {"tb": tb, "sleep": sleep}
+    inner = partial(weighted_sum, parts=parts, weights={"tb": 2.0, "sleep": 3.0})
+    both: Any = {"inner": inner, "db": db}
+    made = weighted_sum(*Setting().estimators, parts=both, weights={"inner": 0.5, "db": 4})
+    assert [(part.name, weight) for part, weight in made.wake] == [("tb", 1.0), ("db", 4.0)]
+    assert made.sleep == 1.5
+    assert WeightedSum.of(made) is made
+
+
+@pytest.mark.parametrize(
+    "weights, message",
+    [
+        (
+            {"tb": 1.0, "db": 1.0},
+            "objective.parts has tb, sleep and objective.weights tb, db: give each part a weight",
+        ),
+        (
+            {},
+            "objective.parts has tb, sleep and objective.weights nothing: give each part a weight",
+        ),
+        (
+            {"tb": 0.0, "sleep": 1.0},
+            "objective.weights.tb is 0.0; it must be a positive number",
+        ),
+        (
+            {"tb": "much", "sleep": 1.0},
+            "objective.weights.tb is much; it must be a positive number",
+        ),
+    ],
+)
+def test_weights_that_make_no_sum(weights, message):
+    parts: Any = {"tb": tb, "sleep": sleep}
+    with pytest.raises(UserError, match=f"^{message}$"):
+        weighted_sum(*Setting().estimators, parts=parts, weights=weights)
+
+
+@pytest.mark.parametrize("objective", [vargrad, tb, subtb, db, fl_db, reverse_kl, forward_kl])
 def test_scores_come_with_the_trajectories_unless_recomputed(objective, monkeypatch):
     """With the policy's own numbers the recomputed loss is the same."""
     setting = Setting("labelled", "learned")
@@ -221,7 +344,7 @@ def test_scores_come_with_the_trajectories_unless_recomputed(objective, monkeypa
     assert setting.loss(objective, setting.paths) == pytest.approx(given)
 
 
-@pytest.mark.parametrize("objective", [vargrad, tb])
+@pytest.mark.parametrize("objective", [vargrad, tb, reverse_kl, forward_kl])
 def test_reductions_are_torchgfn_s(objective):
     setting = Setting()
     mean, total = (

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from math import nan
 from typing import Any
 
@@ -7,8 +8,17 @@ import pytest
 import torch
 
 from gfnem.errors import UserError
-from gfnem.objectives import Objective, subtb, tb, vargrad
-from gfnem.posterior import Latents
+from gfnem.objectives import (
+    Objective,
+    forward_kl,
+    reverse_kl,
+    sleep,
+    subtb,
+    tb,
+    vargrad,
+    weighted_sum,
+)
+from gfnem.posterior import EStep, Latents
 from gfnem.posteriors.gflownet import Behaviour, GFlowNetPosterior
 from gfnem.tasks.grammar.data import Sentences
 from gfnem.tasks.grammar.model import NeuralPCFG
@@ -228,6 +238,39 @@ def test_sleep_happens_with_its_probability():
     assert 4 <= counts[0.5] <= 16
 
 
+def test_a_weighted_sum_weighs_losses_on_the_same_trajectories():
+    model = NeuralPCFG(VOCABULARY, 2, 3, width=8, max_length=4)
+    parts: Any = {"tb": tb, "vargrad": vargrad, "sleep": sleep}
+    weights = {"tb": 2.0, "vargrad": 0.5, "sleep": 3.0}
+
+    def e_step(objective: Any, **options: Any) -> EStep:
+        _, posterior, x = setting("shape", objective=objective, sleep_samples=8, **options)
+        torch.manual_seed(3)
+        return posterior.e_step(model, x)
+
+    step = e_step(partial(weighted_sum, parts=parts, weights=weights))
+    wake = 2 * float(e_step(tb).loss) + 0.5 * float(e_step(vargrad).loss)  # type: ignore[arg-type]
+    assert float(step.metrics["e_step/objective"]) == pytest.approx(wake)
+    asleep = float(step.metrics["e_step/sleep"])
+    assert float(step.loss) == pytest.approx(wake + 3 * asleep)  # type: ignore[arg-type]
+    # A sleep phase by chance comes on top.
+    more = e_step(partial(weighted_sum, parts=parts, weights=weights), sleep=1.0)
+    asleep = float(more.metrics["e_step/sleep"])
+    assert float(more.loss) == pytest.approx(wake + 4 * asleep)  # type: ignore[arg-type]
+
+
+def test_the_sleep_phase_alone_asks_for_no_trajectories(monkeypatch):
+    model = NeuralPCFG(VOCABULARY, 2, 3, width=8, max_length=4)
+    _, posterior, x = setting("shape", objective=sleep, samples=1, sleep_samples=8)
+    monkeypatch.setattr(posterior.policy, "sample", None)
+    step = posterior.e_step(model, x)
+    assert step.loss is not None and step.latents is None
+    assert set(step.metrics) == {"e_step/sleep"}
+    monkeypatch.setattr(posterior, "sleep_loss", lambda model: None)
+    with pytest.raises(UserError, match="sleep_samples is 8, but none of the model's draws fits"):
+        posterior.e_step(model, x)
+
+
 def test_parameters_are_the_policy_s_and_flows_may_learn_faster():
     _, posterior, _ = setting("shape", objective=tb)
     names = set(posterior.state_dict())
@@ -261,6 +304,23 @@ def test_behaviours_that_draw_nothing(options, message):
     [
         ({"samples": 0}, "posterior.samples is 0; it must be at least 1"),
         ({"samples": 1}, "posterior.samples is 1; objective=vargrad needs at least 2"),
+        (
+            {"samples": 1, "objective": reverse_kl},
+            "posterior.samples is 1; objective=reverse_kl needs at least 2",
+        ),
+        (
+            {"samples": 1, "objective": forward_kl},
+            "posterior.samples is 1; objective=forward_kl needs at least 2",
+        ),
+        (
+            {"behaviour": Behaviour(temperature=1.5), "objective": reverse_kl},
+            "posterior.behaviour has temperature=1.5 and epsilon=0.0; objective=reverse_kl needs "
+            "plain draws of the policy: set temperature=1 and epsilon=0",
+        ),
+        (
+            {"behaviour": Behaviour(epsilon=0.1), "objective": forward_kl},
+            "posterior.behaviour has temperature=1.0 and epsilon=0.1; objective=forward_kl needs",
+        ),
         ({"sleep": 1.2}, "posterior.sleep is 1.2; it is a probability"),
     ],
 )
