@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -73,6 +73,8 @@ def described(annotation: Any) -> str:
         return f"one of {', '.join(map(str, arguments))}"
     if isinstance(origin, type) and issubclass(origin, Sequence):
         return "a list"
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return "a mapping"
     return _NAMES.get(annotation, "")
 
 

@@ -400,6 +400,13 @@ MISTAKES = [
     (["threads=0"], "threads is 0; it must be at least 1"),
     (["latent=words"], "latent=words: it must be one of shape, labelled"),
     (["run_dir=3"], "run_dir=3: it must be text"),
+    (["objective.loss=huber"], "objective.loss=huber: it must be one of squared, linex,"),
+    (["objective=tb_sleep", "objective.parts=3"], "objective.parts=3: it must be a mapping"),
+    (["objective=tb_sleep", "objective.weights.tb=-1"], "objective.weights.tb is -1; it must be"),
+    (
+        ["objective=reverse_kl", "posterior.behaviour.temperature=2.0"],
+        "posterior.behaviour has temperature=2.0 and epsilon=0.0; objective=reverse_kl needs",
+    ),
     (["posterior.behaviour.epsilon=2"], "epsilon is 2; it must lie between 0 and 1"),
     (["posterior.behaviour.epsilon=x"], "posterior.behaviour.epsilon=x: it must be a number"),
     (["optimizer.model.lr=-1"], "optimizer.model: Invalid learning rate: -1"),

@@ -52,10 +52,12 @@ def make_model() -> DiscreteVAE:
     return stirred(model, 0.3)
 
 
-def make_policy(noise: float = 0.5) -> GridPolicy:
+def make_policy(width: int = 4) -> GridPolicy:
     torch.manual_seed(0)
-    policy = GridPolicy(1, *SIZE, GRID, CODES, embedding=2, encoder_width=4, blocks=1, hidden=4)
-    return stirred(policy, noise)
+    policy = GridPolicy(
+        1, *SIZE, GRID, CODES, embedding=2, encoder_width=width, blocks=1, hidden=width
+    )
+    return stirred(policy, 0.5)
 
 
 class TablePolicy(GridPolicy):
@@ -248,6 +250,32 @@ def test_sleep_is_the_forward_kl_over_the_model_s_own_data(monkeypatch):
         assert step.loss is not None and step.latents is None
         loss = loss + log_p[row, grid].exp() * step.loss
     torch.testing.assert_close(gradient(loss, policy), expected)
+
+
+def test_sleep_trains_a_posterior_to_that_of_enumeration():
+    """Total variation on the model's own data, on average: what sleep alone answers for."""
+    model, policy, x = make_model(), make_policy(width=16), all_images()
+    log_p = log_joint_table(model, x)
+    p_of_x = log_p.logsumexp(-1).exp()
+    grids = Codes(all_grids(2, CODES).expand(16, -1, -1))
+
+    def distance() -> float:
+        with torch.no_grad():
+            q = policy.log_forward(policy.condition(model, x), grids).exp()
+        return float(p_of_x @ (log_p.softmax(-1) - q).abs().sum(-1) / 2)
+
+    assert distance() > 0.2
+    posterior = GFlowNetPosterior(policy, sleep, sleep_samples=512)
+    optimizer = torch.optim.Adam(posterior.parameters(), lr=0.02)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, 250)
+    for _ in range(250):
+        optimizer.zero_grad()
+        loss = posterior.e_step(model, None).loss
+        assert loss is not None
+        loss.backward()
+        optimizer.step()
+        decay.step()
+    assert distance() < 0.05
 
 
 @pytest.mark.parametrize(

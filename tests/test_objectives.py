@@ -265,6 +265,7 @@ def test_reverse_kl_is_the_negative_lower_bound_and_teaches_both_policies():
     (found,) = torch.autograd.grad(loss, trajectories.log_pb, retain_graph=True)
     torch.testing.assert_close(found, torch.full_like(found, -1 / 24))
     # The score, -log w, less its mean over the five other trajectories of the sentence.
+    assert trajectories.log_probs is not None
     (found,) = torch.autograd.grad(loss, trajectories.log_probs)
     for row, weight in enumerate(log_weights.flatten().tolist()):
         others = (sum(log_weights[row // 6].tolist()) - weight) / 5

@@ -10,6 +10,8 @@ import torch
 from gfnem.errors import UserError
 from gfnem.objectives import (
     Objective,
+    db,
+    fl_db,
     forward_kl,
     reverse_kl,
     sleep,
@@ -21,7 +23,7 @@ from gfnem.objectives import (
 from gfnem.posterior import EStep, Latents
 from gfnem.posteriors.gflownet import Behaviour, GFlowNetPosterior
 from gfnem.tasks.grammar.data import Sentences
-from gfnem.tasks.grammar.model import NeuralPCFG
+from gfnem.tasks.grammar.model import NeuralPCFG, ParsingModel
 from gfnem.tasks.grammar.potentials import Grammar
 from tests.tasks.grammar import oracle
 from tests.tasks.grammar.tiny import (
@@ -55,23 +57,27 @@ def setting(
 
 
 def distances(
-    model: FixedPCFG, posterior: GFlowNetPosterior, x: Sentences, latent: Any
+    model: ParsingModel, posterior: GFlowNetPosterior, x: Sentences, latent: Any
 ) -> list[float]:
     """Total variation between q(z | x) and p(z | x) of each sentence, exactly."""
     policy = posterior.policy
+    found = model.grammar()
+    grammar = Grammar(found.root.detach(), found.binary.detach(), found.emission.detach())
     condition = policy.condition(model, x)
     env = policy.trajectories(condition, policy.sample(condition, 1)).env
     forward: Any = policy.estimators()[0]
     return [
         total_variation(
             StateGraph.of(env, length, row).ends(forward),
-            oracle.posterior(enumerate_trees(SETTINGS[latent][0], words_of(x, row), latent)),
+            oracle.posterior(enumerate_trees(grammar, words_of(x, row), latent)),
         )
         for row, length in enumerate(x.lengths.tolist())
     ]
 
 
-def train(model: FixedPCFG, posterior: GFlowNetPosterior, x: Sentences, steps: int = 150) -> None:
+def train(
+    model: ParsingModel, posterior: GFlowNetPosterior, x: Sentences, steps: int = 150
+) -> None:
     torch.manual_seed(0)
     optimizer = torch.optim.Adam(posterior.parameter_groups(), lr=0.02)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
@@ -92,6 +98,43 @@ def test_trained_posterior_is_that_of_enumeration(latent, backward, objective):
     assert min(distances(model, posterior, x, latent)) > 0.1
     train(model, posterior, x)
     assert max(distances(model, posterior, x, latent)) < 0.05
+
+
+@pytest.mark.parametrize("objective", [db, fl_db, partial(tb, loss="linex", alpha=1.0)])
+def test_trained_posterior_of_three_words_is_that_of_enumeration(objective):
+    """Three: the flows of longer sentences' states are no sums over their roots."""
+    model, posterior, _ = setting("shape", objective=objective, samples=64, flow_lr=0.1)
+    x = sentences([3, 3], seed=2)
+    assert min(distances(model, posterior, x, "shape")) > 0.1
+    train(model, posterior, x, steps=100)
+    assert max(distances(model, posterior, x, "shape")) < 0.05
+
+
+@pytest.mark.parametrize("objective", [reverse_kl, forward_kl])
+def test_trained_posterior_is_that_of_enumeration_with_divergences(objective):
+    model, posterior, x = setting("labelled", objective=objective, samples=64)
+    assert min(distances(model, posterior, x, "labelled")) > 0.1
+    train(model, posterior, x)
+    assert max(distances(model, posterior, x, "labelled")) < 0.05
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [{"sleep": sleep}, {"forward_kl": forward_kl, "sleep": sleep}, {"tb": tb, "sleep": sleep}],
+)
+def test_trained_posterior_is_that_of_enumeration_with_a_sleep_phase(parts):
+    torch.manual_seed(0)
+    model = NeuralPCFG(VOCABULARY, 2, 3, width=8, max_length=4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    policy = make_policy("root_flow", "shape", nonterminals=2, noise=0.3)
+    objective = partial(weighted_sum, parts=parts, weights=dict.fromkeys(parts, 1.0))
+    posterior = GFlowNetPosterior(policy, objective, samples=64, sleep_samples=128, flow_lr=0.1)
+    x = sentences([4, 4, 3])
+    assert max(distances(model, posterior, x, "shape")) > 0.1
+    train(model, posterior, x, steps=100)
+    assert max(distances(model, posterior, x, "shape")) < 0.05
 
 
 @pytest.mark.parametrize("behaviour", [Behaviour(temperature=2.0), Behaviour(epsilon=0.3)])

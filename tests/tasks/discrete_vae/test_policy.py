@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,7 +10,18 @@ from gfn.utils.prob_calculations import get_trajectory_pfs_and_pbs
 from torch import Tensor
 
 from gfnem.errors import UserError
-from gfnem.objectives import Objective, subtb, tb, vargrad
+from gfnem.objectives import (
+    Objective,
+    db,
+    fl_db,
+    forward_kl,
+    reverse_kl,
+    sleep,
+    subtb,
+    tb,
+    vargrad,
+    weighted_sum,
+)
 from gfnem.posterior import Latents
 from gfnem.posteriors.gflownet import Behaviour, GFlowNetPosterior
 from gfnem.posteriors.refinement import BackAndForth
@@ -423,6 +435,38 @@ def test_trained_posterior_is_that_of_enumeration(objective, logits, hidden, sam
     posterior = GFlowNetPosterior(policy, factory, samples=samples, flow_lr=lr)
     assert min(distances(model, policy, x)) > 0.3
     train(model, posterior, x, steps, lr)
+    assert max(distances(model, policy, x)) < 0.05
+
+
+def _and_sleep(**parts: Objective) -> Any:
+    """The parts and a sleep phase, all of weight 1."""
+    return partial(
+        weighted_sum,
+        parts={**parts, "sleep": sleep},
+        weights={name: 1.0 for name in [*parts, "sleep"]},
+    )
+
+
+@pytest.mark.parametrize(
+    "objective, hidden, samples, steps, flow_lr",
+    [
+        (db, 64, 32, 400, 0.1),
+        (fl_db, 64, 32, 300, 0.1),
+        (partial(vargrad, loss="linex", alpha=1.0), 32, 64, 150, None),
+        (reverse_kl, 32, 64, 100, None),
+        (forward_kl, 32, 256, 150, None),
+        (_and_sleep(forward_kl=forward_kl), 32, 256, 150, None),
+        (_and_sleep(tb=tb), 32, 32, 250, 0.1),
+    ],
+)
+def test_two_codes_are_drawn_as_enumeration_says(objective, hidden, samples, steps, flow_lr):
+    model, x = make_model(grid=(1, 2)), images(2)
+    policy = make_policy(grid=(1, 2), hidden=hidden)
+    posterior = GFlowNetPosterior(
+        policy, objective, samples=samples, flow_lr=flow_lr, sleep_samples=256
+    )
+    assert min(distances(model, policy, x)) > 0.2
+    train(model, posterior, x, steps, 0.02)
     assert max(distances(model, policy, x)) < 0.05
 
 
