@@ -215,11 +215,10 @@ def test_score_function_and_log_variance_are_the_reverse_kl(objective):
 def test_wake_phase_is_the_forward_kl_where_the_weights_are_exact():
     """They are where all grids are drawn equally often from a uniform q."""
     policy = make_policy()
+    assert policy.correct is not None
     with torch.no_grad():
-        for layer in (policy.projection, policy.correct):
-            assert layer is not None
-            layer.weight.zero_()
-            layer.bias.zero_()
+        for parameter in (*policy.projection.parameters(), *policy.correct.parameters()):
+            parameter.zero_()
     every = Enumeration(policy)
     torch.testing.assert_close(every.q, torch.full_like(every.q, 1 / 9))
     expected = every.gradient(every.divergence("forward"))
