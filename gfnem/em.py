@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gfnem.errors import UserError
-from gfnem.model import LatentVariableModel
+from gfnem.model import ClosedFormModel, LatentVariableModel
 from gfnem.posterior import EStep, Latents, Posterior
 from gfnem.schedule import Alternation, Schedule
 
@@ -237,6 +237,11 @@ class EM:
                 f"em.m_steps=0 trains the posterior alone, but {type(posterior).__name__} and the "
                 "model learn in one step: use another posterior"
             )
+        if posterior.closed_m_step and not isinstance(model, ClosedFormModel):
+            raise UserError(
+                f"posterior.m_step=closed needs a model that knows its maximum; "
+                f"{type(model).__name__} does not: take an m_step by gradient"
+            )
         self.m_steps = self.e_steps = 0
         self.batches_seen = self.epoch = self.position = 0
         self.seconds = 0.0
@@ -376,11 +381,22 @@ class EM:
         self.m_steps += 1
 
     def _m_step(self, x: Any, latents: Latents | None) -> None:
-        loss = -self.posterior.expected_log_joint(self.model, x, latents).mean()
-        if self.model_trainer.step(loss):
-            self._note({"train/m_loss": loss.detach()})
+        if self.posterior.closed_m_step:
+            self._maximise(x, latents)
+        else:
+            loss = -self.posterior.expected_log_joint(self.model, x, latents).mean()
+            if self.model_trainer.step(loss):
+                self._note({"train/m_loss": loss.detach()})
         self.m_steps += 1
         self.schedule.m_step_done()
+
+    @torch.no_grad()
+    def _maximise(self, x: Any, latents: Latents | None) -> None:
+        """An M-step in closed form; its loss is that of the maximum."""
+        assert isinstance(self.model, ClosedFormModel)
+        given = self.posterior.m_step_latents(self.model, x, latents)
+        self.model.maximise(x, given)
+        self._note({"train/m_loss": -given.mean(self.model.log_joint(x, given.z)).mean()})
 
     @torch.no_grad()
     def _posterior_gap(self, x: Any, latents: Latents | None) -> dict[str, float | Tensor]:

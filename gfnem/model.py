@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from gfnem.posterior import Latents
 
 
 class LatentVariableModel(nn.Module, ABC):
@@ -31,3 +34,13 @@ class LatentVariableModel(nn.Module, ABC):
     def log_likelihood(self, x: Any) -> Float[Tensor, "batch"] | None:
         """Exact log p(x) in nats, differentiable; None where it is intractable."""
         return None
+
+
+class ClosedFormModel(LatentVariableModel, ABC):
+    """A model that knows where log p(x, z) is largest, so that an M-step needs no gradient."""
+
+    @abstractmethod
+    def maximise(self, x: Any, latents: Latents) -> None:
+        """Set the parameters to the maximiser of the weighted sum of log p(x, z) over a batch and
+        its latents, with `m_step_weights`.
+        """

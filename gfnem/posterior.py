@@ -30,6 +30,12 @@ class Latents:
     log_weights: Float[Tensor, "batch samples"] | None
     m_step_weights: Float[Tensor, "batch samples"] | None = None
 
+    def mean(self, values: Float[Tensor, "batch samples"]) -> Float[Tensor, "batch"]:
+        """Of a value of each latent, as much as it counts in the M-step."""
+        if self.m_step_weights is None:
+            return values.mean(-1)
+        return (self.m_step_weights * values).sum(-1)
+
 
 @dataclass(frozen=True)
 class EStep:
@@ -57,6 +63,14 @@ class Posterior(nn.Module, ABC):
         """
         return False
 
+    @property
+    def closed_m_step(self) -> bool:
+        """Whether M-steps go to the maximum at once, for a model that knows it.
+
+        Otherwise each is a step along the gradient of `expected_log_joint`.
+        """
+        return False
+
     @abstractmethod
     def e_step(self, model: LatentVariableModel, x: Any) -> EStep:
         """The loss that brings q closer to p(z | x).
@@ -77,21 +91,27 @@ class Posterior(nn.Module, ABC):
         """Latents of each data point in an M-step."""
         return 1
 
+    @torch.no_grad()
+    def m_step_latents(
+        self, model: LatentVariableModel, x: Any, latents: Latents | None = None
+    ) -> Latents:
+        """What an M-step learns from.
+
+        latents: draws of q for x where they are at hand; fresh ones otherwise.
+        """
+        if latents is None:
+            latents = self.sample(model, x, self.m_step_samples)
+        return self.refine(model, x, latents)
+
     def expected_log_joint(
         self, model: LatentVariableModel, x: Any, latents: Latents | None = None
     ) -> Float[Tensor, "batch"]:
         """E_q[log p(x, z)], what the M-step climbs; differentiable in the model alone.
 
-        latents: draws of q for x where they are at hand; fresh ones otherwise.
+        latents: as for `m_step_latents`.
         """
-        with torch.no_grad():
-            if latents is None:
-                latents = self.sample(model, x, self.m_step_samples)
-            latents = self.refine(model, x, latents)
-        log_joint = model.log_joint(x, latents.z)
-        if latents.m_step_weights is None:
-            return log_joint.mean(-1)
-        return (latents.m_step_weights * log_joint).sum(-1)
+        latents = self.m_step_latents(model, x, latents)
+        return latents.mean(model.log_joint(x, latents.z))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameters for a torch optimizer; empty where nothing is learned."""

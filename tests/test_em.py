@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from gfnem.em import EM, Diverged, Trainer
 from gfnem.errors import UserError
-from gfnem.model import LatentVariableModel
+from gfnem.model import ClosedFormModel, LatentVariableModel
 from gfnem.posterior import EStep, Latents, Posterior
 from gfnem.posteriors.exact import ExactPosterior, TractableModel
 from gfnem.run import FilesTracker, Run
@@ -514,6 +514,69 @@ def test_exact_em_climbs_to_the_maximum_of_the_likelihood(run: Run) -> None:
     nll = curve(run, "valid/nll")
     assert len(nll) == 15 and nll == sorted(nll, reverse=True)
     assert summary["test/nll"] == pytest.approx(ENTROPY, abs=1e-4)
+
+
+class Counting(Mixture, ClosedFormModel):
+    """Its maximum is where all probabilities are the latents' relative frequencies."""
+
+    def enumerate(self, x: Symbols) -> Latents:
+        z = torch.arange(COMPONENTS).expand(len(x.values), -1)
+        return Latents(z, None, self.all_log_joints(x).softmax(-1))
+
+    def maximise(self, x: Symbols, latents: Latents) -> None:
+        weights = latents.m_step_weights
+        if weights is None:
+            weights = torch.full(latents.z.shape, 1 / latents.z.shape[1])
+        component = nn.functional.one_hot(latents.z, COMPONENTS) * weights[..., None]
+        symbol = nn.functional.one_hot(x.values, SYMBOLS).float()
+        table = torch.einsum("nsc,nv->cv", component, symbol)
+        self.component.copy_(table.sum(1).log())
+        self.symbol.copy_(table.log())
+
+
+def test_exact_em_in_closed_form(run: Run) -> None:
+    model, data = Counting(), Urn(batch_size=sum(COUNTS))
+    em = EM(
+        model, ExactPosterior("closed"), data, 20, evaluator=Rater(), evaluate_every=1,
+        log_every=1, run=run,
+    )  # fmt: skip
+    summary = em.fit()
+    # Any mixture whose symbols have the data's frequencies is a maximum, and EM finds one at once.
+    assert summary["test/nll"] == pytest.approx(ENTROPY, abs=1e-5)
+    nll, loss = curve(run, "valid/nll"), curve(run, "train/m_loss")
+    assert len(nll) == len(loss) == 20
+    x = everything()
+    with torch.no_grad():
+        every = model.enumerate(x)
+        expected = -every.mean(model.log_joint(x, every.z)).mean()
+    assert loss[-1] == pytest.approx(float(expected), abs=1e-5)
+    assert em.model_trainer.optimizer.state_dict()["state"] == {}
+
+
+def test_learned_posterior_goes_to_the_maximum_of_its_draws() -> None:
+    class Closed(Table):
+        @property
+        def closed_m_step(self) -> bool:
+            return True
+
+    torch.manual_seed(0)
+    model, posterior = Counting(), Closed()
+    EM(model, posterior, Urn(batch_size=sum(COUNTS)), 1, schedule=Alternation(2, 1)).fit()
+    z = posterior.events[-1][2].z
+    (x,) = Urn(batch_size=sum(COUNTS)).train_batches(1)
+    frequency = torch.zeros(COMPONENTS, SYMBOLS)
+    for value, drawn in zip(x.values.tolist(), z.tolist(), strict=True):
+        for component in drawn:
+            frequency[component, value] += 0.5
+    torch.testing.assert_close(model.symbol.exp(), frequency)
+
+
+def test_closed_form_needs_a_model_that_has_one() -> None:
+    message = (
+        "^posterior.m_step=closed needs a model that knows its maximum; Mixture does not: take"
+    )
+    with pytest.raises(UserError, match=message):
+        EM(Mixture(), ExactPosterior("closed"), Urn(), 1)
 
 
 def test_learned_posterior_takes_the_model_there_too() -> None:

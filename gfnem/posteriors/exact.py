@@ -30,19 +30,27 @@ class TractableModel(LatentVariableModel, ABC):
     def sample_posterior(self, x: Any, samples: int) -> Any:
         """Latents z drawn from p(z | x)."""
 
+    def enumerate(self, x: Any) -> Latents | None:
+        """Every z, with p(z | x) as its `m_step_weights`; None for a model that does not do it."""
+        return None
+
 
 class ExactPosterior(Posterior):
     """p(z | x) itself.
 
     m_step: "marginal" climbs log p(x), whose gradient is that of E_{p(z | x)}[log p(x, z)]
         (Fisher's identity), so that it is EM with the expectation taken exactly; "sample" climbs
-        log p(x, z) on `samples` draws of the posterior.
+        log p(x, z) on `samples` draws of the posterior; "closed" goes to the maximum of
+        E_{p(z | x)}[log p(x, z)] at once, which is EM as in the textbook where a batch has all of
+        the data.
     """
 
-    def __init__(self, m_step: Literal["marginal", "sample"] = "marginal", samples: int = 4):
+    def __init__(
+        self, m_step: Literal["marginal", "sample", "closed"] = "marginal", samples: int = 4
+    ):
         super().__init__()
-        if m_step not in ("marginal", "sample"):
-            raise UserError(f"posterior.m_step is {m_step!r}; use 'marginal' or 'sample'")
+        if m_step not in ("marginal", "sample", "closed"):
+            raise UserError(f"posterior.m_step is {m_step!r}; use 'marginal', 'sample' or 'closed'")
         if samples < 1:
             raise UserError(f"posterior.samples is {samples}; it must be at least 1")
         self.m_step = m_step
@@ -51,6 +59,10 @@ class ExactPosterior(Posterior):
     @property
     def m_step_samples(self) -> int:
         return self.samples
+
+    @property
+    def closed_m_step(self) -> bool:
+        return self.m_step == "closed"
 
     def e_step(self, model: LatentVariableModel, x: Any) -> EStep:
         return EStep(loss=None, latents=None)
@@ -61,6 +73,19 @@ class ExactPosterior(Posterior):
         log_likelihood = self._log_likelihood(model, x)
         z = model.sample_posterior(x, samples)
         return Latents(z, log_likelihood[:, None].expand(-1, samples))
+
+    def m_step_latents(
+        self, model: LatentVariableModel, x: Any, latents: Latents | None = None
+    ) -> Latents:
+        if self.m_step != "closed":
+            return super().m_step_latents(model, x, latents)
+        every = self._tractable(model).enumerate(x)
+        if every is None:
+            raise UserError(
+                f"posterior.m_step=closed needs all latents; {type(model).__name__} does not "
+                "enumerate them: use posterior.m_step=marginal"
+            )
+        return every
 
     def expected_log_joint(
         self, model: LatentVariableModel, x: Any, latents: Latents | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from gfn.estimators import Estimator
@@ -129,6 +129,8 @@ class GFlowNetPosterior(Posterior):
     sleep_samples: data points drawn for a sleep phase.
     refinement: what makes the M-step's latents of plain draws; None takes the draws.
     flow_lr: learning rate of log Z(x) and the state flows; None for the optimizer's own.
+    m_step: "gradient", or "closed" for a model that knows where log p(x, z) of the latents is
+        largest: M-steps go there at once.
     """
 
     def __init__(
@@ -141,8 +143,11 @@ class GFlowNetPosterior(Posterior):
         sleep_samples: int = 32,
         refinement: Refinement | None = None,
         flow_lr: float | None = None,
+        m_step: Literal["gradient", "closed"] = "gradient",
     ):
         super().__init__()
+        if m_step not in ("gradient", "closed"):
+            raise UserError(f"posterior.m_step is {m_step!r}; use 'gradient' or 'closed'")
         if samples < 1:
             raise UserError(f"posterior.samples is {samples}; it must be at least 1")
         if not 0 <= sleep <= 1:
@@ -169,10 +174,15 @@ class GFlowNetPosterior(Posterior):
         self.sleep_samples = sleep_samples
         self.refinement = refinement
         self.flow_lr = flow_lr
+        self.m_step = m_step
 
     @property
     def m_step_samples(self) -> int:
         return self.samples
+
+    @property
+    def closed_m_step(self) -> bool:
+        return self.m_step == "closed"
 
     def e_step(self, model: LatentVariableModel, x: Any) -> EStep:
         """The loss that brings q closer to p(z | x); see `Posterior.e_step`.
