@@ -1,4 +1,4 @@
-"""Figures of a run: learning curves, trees, images, comparisons of methods.
+"""Figures of a run: learning curves, trees, images, points, comparisons of methods.
 
 They are drawn on `matplotlib.figure.Figure` objects of their own, never on pyplot's global state.
 """
@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
@@ -430,4 +430,50 @@ def image_grid(
             )
         y -= _IMAGE_GAP
     axes.set(xlim=(0, width), ylim=(0, top), aspect="auto")
+    return figure
+
+
+def labelled_points(
+    points: Float[Tensor, "points 2"],
+    panels: Sequence[tuple[str, Int[Tensor, "points"]]],
+    centers: Float[Tensor, "centers 2"],
+) -> Figure:
+    """Draw the same points several times, colored by labels, two panels in a row.
+
+    Args:
+        points: on the plane.
+        panels: (title, label of each point, from 0). Of more labels than colors there are, some
+            share one.
+        centers: drawn as crosses in every panel.
+    """
+    rows = math.ceil(len(panels) / 2)
+    figure = Figure(figsize=(8.4, 4.2 * rows), layout="constrained")
+    for number, (title, labels) in enumerate(panels, start=1):
+        axes = figure.add_subplot(rows, 2, number)
+        _style(axes, title)
+        axes.set_aspect("equal", adjustable="datalim")
+        colors = [_COLORS[label % len(_COLORS)] for label in labels.tolist()]
+        axes.scatter(*points.cpu().numpy().T, s=4, c=colors, linewidths=0)
+        axes.plot(*centers.cpu().numpy().T, "x", color=_INK, markersize=8, markeredgewidth=2)
+    return figure
+
+
+def paths(points: Float[Tensor, "points 2"], ways: Sequence[Sequence[Sequence[float]]]) -> Figure:
+    """Draw ways across a cloud of points: a ring where each begins, a cross where it ends.
+
+    Args:
+        points: on the plane.
+        ways: of each its points in order.
+    """
+    figure = Figure(figsize=(5.2, 5.2), layout="constrained")
+    axes = figure.add_subplot()
+    _style(axes, "")
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.scatter(*points.cpu().numpy().T, s=4, color="#c9ced3", linewidths=0)
+    for number, way in enumerate(ways):
+        color = _COLORS[number % len(_COLORS)]
+        x, y = zip(*way, strict=True)
+        axes.plot(x, y, color=color, linewidth=1.4, marker=".", markersize=3)
+        axes.plot(x[:1], y[:1], "o", color=color, markersize=9, fillstyle="none")
+        axes.plot(x[-1:], y[-1:], "x", color=color, markersize=9, markeredgewidth=2.4)
     return figure

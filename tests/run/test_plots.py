@@ -14,7 +14,14 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 from nltk import Tree
 
-from gfnem.run.plots import bar_table, draw_trees, image_grid, learning_curves
+from gfnem.run.plots import (
+    bar_table,
+    draw_trees,
+    image_grid,
+    labelled_points,
+    learning_curves,
+    paths,
+)
 
 
 def png(figure: Figure) -> bytes:
@@ -173,3 +180,29 @@ def test_images_that_cannot_be_drawn_are_an_error() -> None:
         image_grid([("none", torch.zeros(0, 1, 2, 2))])
     with pytest.raises(ValueError, match="1 or 3 channels, not 2"):
         image_grid([("two", torch.zeros(1, 2, 2, 2))])
+
+
+def test_labelled_points() -> None:
+    points = torch.tensor([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]])
+    panels = [("one", torch.tensor([0, 1, 0])), ("two", torch.tensor([6, 0, 1]))]
+    figure = labelled_points(points, panels, points[:1])
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["one", "two"]
+    for axes in figure.axes:
+        (scatter,) = axes.collections
+        np.testing.assert_array_equal(np.asarray(scatter.get_offsets()), points.numpy())
+        (centers,) = axes.lines
+        np.testing.assert_array_equal(centers.get_xydata(), [[0, 1]])
+    first, second = (np.asarray(axes.collections[0].get_facecolor()) for axes in figure.axes)
+    assert same_color(first[0], first[2]) and not same_color(first[0], first[1])
+    # The seventh label has the first one's color again.
+    assert same_color(second[0], second[1]) and same_color(second[2], first[1])
+    assert png(figure).startswith(b"\x89PNG")
+
+
+def test_paths_have_a_beginning_and_an_end() -> None:
+    ways = [[[0.0, 0.0], [1.0, 1.0], [2.0, 0.0]], [[3.0, 3.0]]]
+    (axes,) = paths(torch.zeros(4, 2), ways).axes
+    lines = [np.asarray(line.get_xydata()).tolist() for line in axes.lines]
+    assert lines == [ways[0], [[0, 0]], [[2, 0]], ways[1], [[3, 3]], [[3, 3]]]
+    markers = [line.get_marker() for line in axes.lines]
+    assert markers == 2 * [".", "o", "x"]
