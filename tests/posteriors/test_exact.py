@@ -19,6 +19,7 @@ from tests.tasks.grammar.tiny import (
     sentences,
     words_of,
 )
+from tests.tasks.mixture.tiny import components, log_joint_table, make_model, points
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -80,6 +81,19 @@ def test_given_latents_are_those_of_the_sampled_m_step():
     torch.testing.assert_close(value, model.log_joint(x, latents.z).mean(-1))
 
 
+def test_m_steps_in_closed_form_learn_from_all_latents():
+    model, x = make_model(), points(3)
+    posterior = ExactPosterior("closed")
+    assert posterior.closed_m_step and not ExactPosterior().closed_m_step
+    latents = posterior.m_step_latents(model, x)
+    table = log_joint_table(model, x)
+    assert latents.z.index.tolist() == 3 * [[list(z) for z in components()]]
+    torch.testing.assert_close(latents.m_step_weights, table.softmax(-1))
+    message = "^posterior.m_step=closed needs all latents; FixedPCFG does not enumerate them: use "
+    with pytest.raises(UserError, match=message):
+        posterior.m_step_latents(FixedPCFG(GRAMMAR), sentences(LENGTHS))
+
+
 def test_there_is_nothing_to_learn():
     posterior = ExactPosterior()
     step = posterior.e_step(FixedPCFG(GRAMMAR), sentences(LENGTHS))
@@ -138,7 +152,7 @@ def test_models_too_large_to_enumerate_are_refused(ask, m_step):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"m_step": "map"}, "posterior.m_step is 'map'; use 'marginal' or 'sample'"),
+        ({"m_step": "map"}, "posterior.m_step is 'map'; use 'marginal', 'sample' or 'closed'"),
         ({"samples": 0}, "posterior.samples is 0; it must be at least 1"),
     ],
 )
