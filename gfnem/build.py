@@ -42,10 +42,12 @@ def build(config: DictConfig) -> Built:
     """
     resolved, data = load_data(config)
     device = set_up(resolved["seed"], resolved["threads"], resolved["device"])
-    model = make(resolved["model"])
+    model = _make_for(data, resolved["model"])
     if resolved["model_from"] is not None:
         _begin_with(model, resolved["model_from"])
-    parts = {name: make(resolved[name]) for name in POSTERIOR_PARTS if resolved.get(name)}
+    parts = {
+        name: _make_for(data, resolved[name]) for name in POSTERIOR_PARTS if resolved.get(name)
+    }
     posterior = make(resolved["posterior"], **parts)
     if resolved.get("warm_start"):
         posterior = make(resolved["warm_start"], then=posterior)
@@ -142,6 +144,12 @@ def make(options: dict[str, Any], **parts: Any) -> Any:
             raise error.__cause__ from None
         raise
     return call if options.get("_partial_") else call(**parts)
+
+
+def _make_for(data: Any, options: dict[str, Any]) -> Any:
+    """Make a part; one that takes `data` begins at the data."""
+    takes_data = "data" in annotations_of(get_object(options["_target_"]))
+    return make(options, data=data) if takes_data else make(options)
 
 
 def _check(resolved: dict[str, Any], raw: dict[str, Any]) -> None:

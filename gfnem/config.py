@@ -105,8 +105,14 @@ def _compose(folder: Path, overrides: Sequence[str]) -> DictConfig:
 def _drop_parts_not_chosen(config: DictConfig, overrides: Sequence[str]) -> None:
     """Data and experiments may say something of parts that a posterior does without.
 
-    Raises UserError for overrides that do.
+    Raises UserError for overrides that do, and for a posterior that the task does not have.
     """
+    if config.get("posterior") is None:
+        raise UserError(f"task={config.task} has no such posterior: choose another one")
+    for override in overrides:
+        part, _, choice = override.partition("=")
+        if part in PARTS and choice not in ("null", "none") and config.get(part) is None:
+            raise UserError(f"{override} has no effect: this run has no {part}")
     for part in PARTS:
         options = config.get(part)
         if not isinstance(options, DictConfig) or part == "optimizer" or "_target_" in options:

@@ -67,6 +67,19 @@ def tiny_images() -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def tiny_mixture() -> list[str]:
+    """Overrides for a hierarchical mixture of a second, whatever the data and the posterior."""
+    return [
+        "device=cpu",
+        "task=mixture",
+        "em.m_steps=4",
+        "em.evaluate_every=2",
+        "em.log_every=2",
+        "evaluator.samples=4",
+    ]
+
+
+@pytest.fixture(scope="session")
 def tiny_run() -> list[str]:
     """Overrides for a run of a second or two, whatever the data and the posterior."""
     return [

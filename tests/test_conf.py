@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from gfnem.cli import main
 from gfnem.config import compose
 from gfnem.errors import UserError
 from gfnem.help import config_folder, groups_in
+from gfnem.posteriors.mean_field import MeanField
+from gfnem.tasks.mixture.data import sampled
+from gfnem.tasks.mixture.model import starting_at
 
 GROUPS = groups_in(config_folder())
 OPTIONS = [(group, option) for group, options in GROUPS.items() for option in options]
@@ -41,6 +45,14 @@ IMAGES = {
     ("experiment", "mnist_k8"),
     ("experiment", "mnist_k10"),
 }
+MIXTURES = {
+    ("task", "mixture"),
+    ("model", "mixture"),
+    ("policy", "mixture"),
+    ("data", "sampled"),
+    ("data", "points"),
+    ("experiment", "published_mixture"),
+}
 FILES = {"bracketed": 20 * TREE, "text": 20 * "the old king saw a cat\n"}
 
 
@@ -57,11 +69,17 @@ def test_option(
     tiny_data: list[str],
     tiny_run: list[str],
     tiny_images: list[str],
+    tiny_mixture: list[str],
     request: pytest.FixtureRequest,
 ) -> None:
     overrides = [*tiny_data, *tiny_run, f"{group}={option}"]
     if (group, option) in IMAGES:
         overrides = [*tiny_images, f"{group}={option}", *_image_options(group, option, request)]
+    elif (group, option) in MIXTURES:
+        overrides = [*tiny_mixture, f"{group}={option}"]
+        if option == "points":
+            Path("points.csv").write_text(10 * "1,2\n3.5,-4\n")
+            overrides.append("data.file=points.csv")
     elif group == "data" and option != "toy_english":
         overrides = ["device=cpu", *tiny_run, f"data={option}"]
         if option in FILES:
@@ -110,10 +128,12 @@ def _image_options(group: str, option: str, request: pytest.FixtureRequest) -> l
 
 
 @pytest.mark.parametrize("objective", GROUPS["objective"])
-def test_objectives_are_of_both_tasks(objective: str, tiny_images: list[str]) -> None:
+@pytest.mark.parametrize("task", ["tiny_images", "tiny_mixture"])
+def test_objectives_are_of_all_tasks(
+    objective: str, task: str, request: pytest.FixtureRequest
+) -> None:
     """The grammar has every option of a group above."""
-    built = build(compose([*tiny_images, f"objective={objective}"]))
-    em = built.em
+    em = build(compose([*request.getfixturevalue(task), f"objective={objective}"])).em
     (x, *_) = em.data.train_batches(0)
     step = em.posterior.e_step(em.model, x)
     assert step.loss is not None and step.loss.isfinite()
@@ -123,8 +143,39 @@ def test_objectives_are_of_both_tasks(objective: str, tiny_images: list[str]) ->
     assert em.posterior.sleep == (0.0 if objective in asleep else 1.0)
 
 
-def test_every_image_option_is_composed_with_its_task() -> None:
-    assert set(OPTIONS) >= IMAGES
+def test_every_option_is_composed_with_its_task() -> None:
+    assert set(OPTIONS) >= IMAGES | MIXTURES
+
+
+def test_what_mean_field_is_depends_on_the_task(
+    tiny_images: list[str], tiny_mixture: list[str]
+) -> None:
+    of_images = compose([*tiny_images, "posterior=mean_field"]).posterior
+    assert of_images._target_ == "gfnem.tasks.discrete_vae.mean_field.MeanField"
+    # The task may be an experiment's, too.
+    assert compose(["experiment=digits", "posterior=mean_field"]).posterior == of_images
+    em = build(compose([*tiny_mixture, "posterior=mean_field"])).em
+    assert isinstance(em.posterior, MeanField)
+    (x,) = em.data.train_batches(0)
+    assert em.posterior.expected_log_joint(em.model, x).isfinite().all()
+    with pytest.raises(UserError, match="^task=grammar has no such posterior: choose another one$"):
+        compose(["posterior=mean_field"])
+    for ignored in ("policy=mixture", "refinement=weighting", "schedule=adaptive"):
+        part = ignored.partition("=")[0]
+        with pytest.raises(UserError, match=f"^{ignored} has no effect: this run has no {part}$"):
+            compose([*tiny_mixture, "posterior=mean_field", ignored])
+    compose([*tiny_mixture, "posterior=mean_field", "refinement=none"])
+
+
+@pytest.mark.parametrize("posterior", ["gflownet", "exact", "mean_field"])
+@pytest.mark.parametrize("start", ["normal", "points"])
+def test_the_same_seed_starts_every_posterior_at_the_same_means(
+    posterior: str, start: Any, tiny_mixture: list[str]
+) -> None:
+    given = [*tiny_mixture, "seed=3", f"model.start={start}"]
+    model: Any = build(compose([*given, f"posterior={posterior}"])).em.model
+    torch.manual_seed(3)
+    assert model.means.equal(starting_at(sampled(), start=start).means)
 
 
 def test_defaults_are_the_toy_experiment() -> None:
