@@ -9,6 +9,18 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 
+def distinct(
+    index: Int[Tensor, "rows positions"], codes: int
+) -> tuple[Int[Tensor, "distinct positions"], Int[Tensor, "rows"]]:
+    """The different ones of grids of so many codes, and which of them each row is."""
+    positions = index.shape[1]
+    if codes**positions >= 2**63:
+        return torch.unique(index, dim=0, return_inverse=True)
+    place = codes ** torch.arange(positions, device=index.device)
+    key, row = (index * place).sum(-1).unique(return_inverse=True)
+    return key[:, None] // place % codes, row
+
+
 @dataclass(frozen=True)
 class Codes:
     """`samples` grids for each image, their codes in raster order.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gfnem.errors import UserError
 from gfnem.posteriors.exact import TractableModel
 from gfnem.tasks.discrete_vae.causal import PriorName, prior_named
-from gfnem.tasks.discrete_vae.codes import Codes
+from gfnem.tasks.discrete_vae.codes import Codes, distinct
 from gfnem.tasks.discrete_vae.data import Images, Pixels
 from gfnem.tasks.discrete_vae.layers import (
     Precision,
@@ -118,7 +118,8 @@ class DiscreteVAE(TractableModel):
 
     def log_joint(self, x: Images, z: Codes) -> Float[Tensor, "batch samples"]:
         decoded = z.index if z.decoded is None else z.decoded
-        log_prior = self.log_prior(z.index.flatten(0, 1)).unflatten(0, z.index.shape[:2])
+        grids, row = distinct(z.index.flatten(0, 1), self.codes)
+        log_prior = self.log_prior(grids)[row].unflatten(0, z.index.shape[:2])
         return log_prior + self.log_reconstruction(x, decoded)
 
     def log_prior(self, index: Int[Tensor, "rows positions"]) -> Float[Tensor, "rows"]:
@@ -129,7 +130,7 @@ class DiscreteVAE(TractableModel):
     ) -> Float[Tensor, "batch samples"]:
         """log p(x | z); grids that repeat are decoded once."""
         batch, samples = index.shape[:2]
-        grids, row = self._distinct(index.flatten(0, 1))
+        grids, row = distinct(index.flatten(0, 1), self.codes)
         image = torch.arange(batch, device=row.device).repeat_interleave(samples)
         if torch.is_grad_enabled():
             output = self.decode(self.codebook(grids))
@@ -159,16 +160,6 @@ class DiscreteVAE(TractableModel):
                 output = self.decoder(chunk.mT.unflatten(2, self.grid))
             yield first, output.to(embedded.dtype)
             first += len(chunk)
-
-    def _distinct(
-        self, index: Int[Tensor, "rows positions"]
-    ) -> tuple[Int[Tensor, "distinct positions"], Int[Tensor, "rows"]]:
-        """The different grids, and which of them each row is."""
-        if self.codes**self.positions >= 2**63:
-            return torch.unique(index, dim=0, return_inverse=True)
-        place = self.codes ** torch.arange(self.positions, device=index.device)
-        key, row = (index * place).sum(-1).unique(return_inverse=True)
-        return key[:, None] // place % self.codes, row
 
     @torch.no_grad()
     def mean_image(

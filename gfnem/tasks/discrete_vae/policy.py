@@ -18,7 +18,7 @@ from gfnem.errors import UserError
 from gfnem.objectives import ScoredTrajectories
 from gfnem.posteriors.gflownet import ON_POLICY, Behaviour, Paths, Policy
 from gfnem.tasks.discrete_vae.causal import CausalLinear
-from gfnem.tasks.discrete_vae.codes import Codes
+from gfnem.tasks.discrete_vae.codes import Codes, distinct
 from gfnem.tasks.discrete_vae.data import Images
 from gfnem.tasks.discrete_vae.env import GridEnv
 from gfnem.tasks.discrete_vae.layers import (
@@ -178,8 +178,11 @@ class GridPolicy(Policy):
         index = kept
         one_hot = functional.one_hot(index, self.codes).to(base.dtype)
         for position in range(first, self.positions):
-            hidden = self.correction.at(position, one_hot, given)
-            chosen = self._choose(base[:, :, position] + self.correct(hidden), behaviour)
+            # Before the first code, all draws of an image are the same.
+            before = one_hot if position else one_hot[:, :1]
+            hidden = self.correction.at(position, before, given)
+            logits = base[:, :, position] + self.correct(hidden)
+            chosen = self._choose(logits.expand(-1, samples, -1), behaviour)
             index = torch.cat([index, chosen[..., None]], -1)
             placed = functional.one_hot(chosen[..., None], self.codes).to(base.dtype)
             one_hot = torch.cat([one_hot, placed], -2)
@@ -201,12 +204,24 @@ class GridPolicy(Policy):
         index: Int[Tensor, "batch samples positions"],
         temperature: float = 1.0,
     ) -> Float[Tensor, "batch samples positions"]:
-        """log q of each code given those before it, all positions in one pass."""
-        logits = condition.base[:, None]
-        if self.correct is not None:
-            logits = logits + self.correct(self._hidden(condition, index))
-        log_q = (logits / temperature).log_softmax(-1).expand(*index.shape, -1)
-        return log_q.gather(-1, index[..., None]).squeeze(-1)
+        """log q of each code given those before it, all positions in one pass.
+
+        Grids that repeat among an image's draws are scored once.
+        """
+        if self.correct is None:
+            log_q = (condition.base[:, None] / temperature).log_softmax(-1)
+            log_q = log_q.expand(*index.shape, -1)
+            return log_q.gather(-1, index[..., None]).squeeze(-1)
+        batch, samples = index.shape[:2]
+        grids, grid = distinct(index.flatten(0, 1), self.codes)
+        image = torch.arange(batch, device=grid.device).repeat_interleave(samples)
+        pair, row = (image * len(grids) + grid).unique(return_inverse=True)
+        image, chosen = pair // len(grids), grids[pair % len(grids)]
+        one_hot = functional.one_hot(chosen, self.codes).to(condition.given.dtype)
+        hidden = self.correction(one_hot, condition.given[image])
+        log_q = ((condition.base[image] + self.correct(hidden)) / temperature).log_softmax(-1)
+        log_q = log_q.gather(-1, chosen[..., None]).squeeze(-1)
+        return log_q[row].unflatten(0, (batch, samples))
 
     def _hidden(
         self, condition: GridCondition, index: Int[Tensor, "batch samples positions"]

@@ -104,16 +104,6 @@ def test_grids_too_many_to_number(gradients):
     assert not model.tractable and model.log_likelihood(x) is None
 
 
-def test_largest_number_of_grids_that_is_counted():
-    """2^62 grids, whose numbers need all bits but two."""
-    model: DiscreteVAE = DiscreteVAE(1, 62, 1, grid=(62, 1), codes=2, prior="uniform")
-    index = torch.randint(2, (9, 62))
-    index[4], index[5] = 1, 0
-    index[7] = index[2]
-    grids, row = model._distinct(index)
-    assert torch.equal(grids[row], index) and len(grids) == 8
-
-
 def test_decoder_and_prior_may_be_given_different_grids():
     model, x = make_model(), images(2)
     prior, decoder = random_codes(2, 3).index, random_codes(2, 3, seed=1).index
