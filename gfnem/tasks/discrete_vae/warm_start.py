@@ -52,6 +52,11 @@ class WarmStart(Posterior):
         return self.active.joint
 
     @property
+    def closed_m_step(self) -> bool:
+        # The first learns in one step with the model.
+        return self.then.closed_m_step
+
+    @property
     def deterministic(self) -> bool:
         return getattr(self.active, "deterministic", False)
 

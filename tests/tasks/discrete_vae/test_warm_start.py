@@ -172,3 +172,11 @@ def test_a_gumbel_start_leaves_the_correction_at_zero():
     trainer.fit()
     assert not torch.equal(next(posterior.policy.encoder.parameters()), before)
     assert (correct.weight == 0).all() and (correct.bias == 0).all()
+
+
+def test_m_steps_in_closed_form_are_refused_at_once():
+    posterior = make("vq")
+    posterior.then = GFlowNetPosterior(posterior.policy, m_step="closed")
+    message = "^posterior.m_step=closed needs a model that knows its maximum; DiscreteVAE does not"
+    with pytest.raises(UserError, match=message):
+        EM(make_model(), posterior, Pictures(), m_steps=1)
