@@ -15,6 +15,12 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def subnormal_numbers() -> None:
+    """Whatever a run from the command line before has set."""
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository."""
