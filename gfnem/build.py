@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -124,7 +125,9 @@ def set_up(seed: int, threads: int | None, device: Literal["auto", "cpu", "cuda"
             raise UserError(f"threads is {threads}; it must be at least 1")
         torch.set_num_threads(threads)
     # Numbers below 1e-38, such as the odds of a pixel that is never on, take a CPU ten times as
-    # long as others and change nothing.
+    # long as others and change nothing. NumPy looks for the smallest ones before, and remembers.
+    for precision in ("float32", "float64"):
+        np.finfo(np.dtype(precision))
     torch.set_flush_denormal(True)
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but no CUDA device can be used here: take device=cpu")
