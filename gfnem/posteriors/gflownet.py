@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from gfn.env import DiscreteEnv
 from gfn.estimators import Estimator
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gfnem.errors import UserError
@@ -67,6 +68,15 @@ class Behaviour:
     def on_policy(self) -> bool:
         return self.temperature == 1.0 and self.epsilon == 0.0
 
+    def probabilities(
+        self, logits: Float[Tensor, "*batch choices"]
+    ) -> Float[Tensor, "*batch choices"]:
+        """Of choices that all are legal."""
+        weights = (logits / self.temperature).softmax(-1)
+        if self.epsilon > 0:
+            weights = (1 - self.epsilon) * weights + self.epsilon / logits.shape[-1]
+        return weights
+
 
 ON_POLICY = Behaviour()
 
@@ -115,6 +125,37 @@ class Policy(nn.Module, ABC):
     @abstractmethod
     def flow_parameters(self) -> list[nn.Parameter]:
         """Parameters of log Z(x) and the state flows, which want a higher learning rate."""
+
+
+def trajectories_of_choices(
+    env: DiscreteEnv,
+    choices: Int[Tensor, "rows steps"],
+    actions: Int[Tensor, "steps rows"],
+    paths: Paths,
+) -> ScoredTrajectories:
+    """Paths that make one choice after the other, then exit, as torchgfn trajectories.
+
+    A state holds the choices made, and -1 where there is none yet. The states' conditions are the
+    rows of the data points in their batch.
+    """
+    steps = choices.shape[1]
+    step = torch.arange(steps + 2, device=choices.device)[:, None, None]
+    states = torch.where(torch.arange(steps, device=choices.device) < step, choices, -1)
+    states = torch.where(step > steps, env.sf, states)
+    leave = torch.full_like(actions[:1], env.n_actions - 1)
+    batch, samples = paths.log_joint.shape
+    point = torch.arange(batch, device=choices.device).repeat_interleave(samples)
+    conditions = point[:, None].to(torch.get_default_dtype())
+    return ScoredTrajectories(
+        env=env,
+        states=env.States(states, conditions=conditions.expand(len(states), -1, -1)),
+        actions=env.actions_from_tensor(torch.cat([actions, leave])[..., None]),
+        terminating_idx=torch.full_like(point, steps + 1),
+        log_rewards=paths.log_joint.flatten(),
+        log_probs=paths.log_forward.flatten(1),
+        log_pb=paths.log_backward.flatten(1),
+        flows=paths.flows,
+    )
 
 
 class GFlowNetPosterior(Posterior):

@@ -16,7 +16,13 @@ from torch.nn import functional
 from gfnem.categorical import sample_categorical
 from gfnem.errors import UserError
 from gfnem.objectives import ScoredTrajectories
-from gfnem.posteriors.gflownet import ON_POLICY, Behaviour, Paths, Policy
+from gfnem.posteriors.gflownet import (
+    ON_POLICY,
+    Behaviour,
+    Paths,
+    Policy,
+    trajectories_of_choices,
+)
 from gfnem.tasks.discrete_vae.causal import CausalLinear
 from gfnem.tasks.discrete_vae.codes import Codes, distinct
 from gfnem.tasks.discrete_vae.data import Images
@@ -193,10 +199,7 @@ class GridPolicy(Policy):
     ) -> Int[Tensor, "*batch"]:
         if behaviour is None:
             return logits.argmax(-1)
-        weights = (logits / behaviour.temperature).softmax(-1)
-        if behaviour.epsilon > 0:
-            weights = (1 - behaviour.epsilon) * weights + behaviour.epsilon / self.codes
-        return sample_categorical(weights)
+        return sample_categorical(behaviour.probabilities(logits))
 
     def _log_probabilities(
         self,
@@ -295,27 +298,9 @@ class GridPolicy(Policy):
         return torch.cat([learned, none]), fixed
 
     def trajectories(self, condition: GridCondition, paths: Paths) -> ScoredTrajectories:
-        index: Tensor = paths.record
-        samples = index.shape[1]
-        rows = index.flatten(0, 1)
-        env = self._env(rows.device)
-        step = torch.arange(self.positions + 2, device=rows.device)[:, None, None]
-        position = torch.arange(self.positions, device=rows.device)
-        states = torch.where(position < step, rows, -1)
-        states = torch.where(step > self.positions, env.sf, states)
-        action = torch.cat([rows.t(), torch.full_like(rows[:, :1].t(), env.n_actions - 1)])
-        image = torch.arange(len(index), device=rows.device).repeat_interleave(samples)
-        conditions = image[:, None].to(torch.get_default_dtype())
-        return ScoredTrajectories(
-            env=env,
-            states=env.States(states, conditions=conditions.expand(len(states), -1, -1)),
-            actions=env.actions_from_tensor(action[..., None]),
-            terminating_idx=torch.full_like(image, self.positions + 1),
-            log_rewards=paths.log_joint.flatten(),
-            log_probs=paths.log_forward.flatten(1),
-            log_pb=paths.log_backward.flatten(1),
-            flows=paths.flows,
-        )
+        choices = paths.record.flatten(0, 1)
+        env = self._env(choices.device)
+        return trajectories_of_choices(env, choices, choices.t(), paths)
 
     def _env(self, device: torch.device) -> GridEnv:
         if str(device) not in self._envs:

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from gfnem.categorical import sample_categorical
 from gfnem.errors import UserError
 from gfnem.objectives import ScoredTrajectories
-from gfnem.posteriors.gflownet import ON_POLICY, Behaviour, Paths, Policy
+from gfnem.posteriors.gflownet import (
+    ON_POLICY,
+    Behaviour,
+    Paths,
+    Policy,
+    trajectories_of_choices,
+)
 from gfnem.tasks.mixture.components import Components
 from gfnem.tasks.mixture.data import PointData, Points
 from gfnem.tasks.mixture.env import MixtureEnv
@@ -90,9 +96,9 @@ class MixturePolicy(Policy):
     ) -> Int[Tensor, "batch samples 2"]:
         """Draw components, or petals alone where superclusters are given."""
         if supercluster is None:
-            weights = _weights(condition.supercluster, behaviour)
+            weights = behaviour.probabilities(condition.supercluster)
             supercluster = sample_categorical(weights[:, None].expand(-1, samples, -1))
-        weights = _weights(condition.petal, behaviour)
+        weights = behaviour.probabilities(condition.petal)
         petal = sample_categorical(_rows(weights, supercluster))
         return torch.stack([supercluster, petal], -1)
 
@@ -173,28 +179,10 @@ class MixturePolicy(Policy):
         return learned, torch.stack([none, log_prior, log_joint]).flatten(1)
 
     def trajectories(self, condition: MixtureCondition, paths: Paths) -> ScoredTrajectories:
-        index: Tensor = paths.record
-        samples = index.shape[1]
-        rows = index.flatten(0, 1)
-        env = self._env(rows.device)
-        step = torch.arange(4, device=rows.device)[:, None, None]
-        states = torch.where(torch.arange(2, device=rows.device) < step, rows, -1)
-        states = torch.where(step == 3, env.sf, states)
-        supercluster, petal = rows.unbind(-1)
-        leave = torch.full_like(petal, env.n_actions - 1)
-        action = torch.stack([supercluster, self.superclusters + petal, leave])
-        point = torch.arange(len(index), device=rows.device).repeat_interleave(samples)
-        conditions = point[:, None].to(torch.get_default_dtype())
-        return ScoredTrajectories(
-            env=env,
-            states=env.States(states, conditions=conditions.expand(len(states), -1, -1)),
-            actions=env.actions_from_tensor(action[..., None]),
-            terminating_idx=torch.full_like(point, 3),
-            log_rewards=paths.log_joint.flatten(),
-            log_probs=paths.log_forward.flatten(1),
-            log_pb=paths.log_backward.flatten(1),
-            flows=paths.flows,
-        )
+        choices = paths.record.flatten(0, 1)
+        supercluster, petal = choices.unbind(-1)
+        actions = torch.stack([supercluster, self.superclusters + petal])
+        return trajectories_of_choices(self._env(choices.device), choices, actions, paths)
 
     def _env(self, device: torch.device) -> MixtureEnv:
         if str(device) not in self._envs:
@@ -234,15 +222,6 @@ class MixtureEstimator(DiscretePolicyEstimator):
         first = condition.supercluster[point]
         second = condition.petal[point, states.tensor[..., 0].clamp(min=0)]
         return torch.cat([first, second, torch.zeros_like(first[..., :1])], -1)
-
-
-def _weights(logits: Float[Tensor, "*batch choices"], behaviour: Behaviour) -> Tensor:
-    """Probabilities that choices are drawn with."""
-    weights = (logits / behaviour.temperature).softmax(-1)
-    if behaviour.epsilon > 0:
-        uniform = behaviour.epsilon / logits.shape[-1]
-        weights = (1 - behaviour.epsilon) * weights + uniform
-    return weights
 
 
 def _rows(
