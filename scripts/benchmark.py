@@ -28,7 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import cycle
+from itertools import cycle, product
 from statistics import median
 from typing import Any, Literal
 
@@ -36,6 +36,7 @@ import torch
 
 from gfnem import objectives
 from gfnem.em import EM, Trainer, minimise
+from gfnem.inference import inference
 from gfnem.model import LatentVariableModel
 from gfnem.posterior import Posterior
 from gfnem.posteriors.exact import ExactPosterior
@@ -225,8 +226,9 @@ def images(repeats: int) -> list[Row]:
     pixels = torch.rand(128, 1, 28, 28, generator=generator).gt(0.8).float()
     x = Images(pixels, torch.arange(128))
     priors: tuple[PriorName, ...] = ("masked_convolution", "uniform")
-    rows = [_image_steps(prior, x, repeats) for prior in priors]
-    model, policy = _published_vae("uniform", "distance")
+    precisions: tuple[Precision, ...] = ("float32", "bfloat16")
+    rows = [_image_steps(*each, x, repeats) for each in product(priors, precisions)]
+    model, policy = _published_vae("uniform", "distance", "float32")
     quantised = VectorQuantized(policy)
     p, q = trainers(model, quantised)
 
@@ -242,16 +244,17 @@ def images(repeats: int) -> list[Row]:
 
 
 def _published_vae(
-    prior: PriorName, logits: Literal["linear", "distance"]
+    prior: PriorName, logits: Literal["linear", "distance"], precision: Precision
 ) -> tuple[DiscreteVAE, GridPolicy]:
     torch.manual_seed(0)
-    model = DiscreteVAE(1, 28, 28, embedding=1, decoder_width=128, prior=prior)
-    return model, GridPolicy(1, 28, 28, embedding=1, encoder_width=128, hidden=128, logits=logits)
+    sizes = {"channels": 1, "height": 28, "width": 28, "embedding": 1, "precision": precision}
+    model = DiscreteVAE(**sizes, decoder_width=128, prior=prior)
+    return model, GridPolicy(**sizes, encoder_width=128, hidden=128, logits=logits)
 
 
-def _image_steps(prior: PriorName, x: Images, repeats: int) -> Row:
+def _image_steps(prior: PriorName, precision: Precision, x: Images, repeats: int) -> Row:
     """One trajectory for each image with TB, as published, and the default of four with VarGrad."""
-    model, policy = _published_vae(prior, "linear")
+    model, policy = _published_vae(prior, "linear", precision)
     one = GFlowNetPosterior(policy, objectives.tb, samples=1, sleep_samples=len(x))
     four = GFlowNetPosterior(policy, samples=4)
     # A rate of zero: a posterior that has learned a batch by heart draws few grids, which are
@@ -269,11 +272,11 @@ def _image_steps(prior: PriorName, x: Images, repeats: int) -> Row:
         q.step(loss)
 
     def likelihood() -> None:
-        with torch.no_grad():
+        with inference(model, policy):
             log_weights(policy, model, x.select(slice(1)), 5000)
 
     return {
-        "what": f"discrete VAE, published size, prior {prior}",
+        "what": f"discrete VAE, published size, prior {prior}, {precision}",
         "e_step": measure(partial(e_step, one), repeats),
         "e_step, 4 samples": measure(partial(e_step, four), repeats),
         "sleep_step": measure(sleep_step, repeats),

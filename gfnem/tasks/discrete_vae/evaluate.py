@@ -200,8 +200,7 @@ class DiscreteVAEEvaluator:
     ) -> tuple[dict[str, Float[Tensor, "batch"]], Int[Tensor, "batch samples positions"]]:
         """Figures of each image by name, and the codes drawn for it."""
         latents = posterior.sample(model, x, self.samples)
-        plain = latents.log_weights
-        assert plain is not None
+        assert latents.log_weights is not None
         figures = {}
         log_likelihood = model.log_likelihood(x)
         if log_likelihood is not None:
@@ -213,11 +212,10 @@ class DiscreteVAEEvaluator:
             figures["nll"] = -log_mean_exp(proposed)
             figures["effective_samples"] = effective_samples(proposed)
             if final:
-                plain = proposed
                 if temperature != 1:
-                    plain = log_weights(policy, model, x, samples)
-                figures["nll_at_temperature_1"] = -log_mean_exp(plain)
-        figures["elbo"] = plain.mean(-1)
+                    proposed = log_weights(policy, model, x, samples)
+                figures["nll_at_temperature_1"] = -log_mean_exp(proposed)
+        figures["elbo"] = latents.log_weights.mean(-1)
         if log_likelihood is not None:
             figures["posterior_gap"] = log_likelihood - figures["elbo"]
         best = most_likely(model, posterior, x)

@@ -20,9 +20,13 @@ def check_precision(owner: str, precision: str) -> None:
 
 def training_precision(network: nn.Module, precision: Precision) -> torch.autocast:
     """A context that runs layers in a precision while the network is in training mode."""
+    return in_precision(network, precision if network.training else "float32")
+
+
+def in_precision(network: nn.Module, precision: Precision) -> torch.autocast:
+    """A context that runs layers in a precision."""
     device = next(network.parameters()).device.type
-    enabled = precision == "bfloat16" and network.training
-    return torch.autocast(device, torch.bfloat16, enabled=enabled)
+    return torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 class Residual(nn.Module):

@@ -17,7 +17,7 @@ from gfnem.tasks.discrete_vae.data import Images, Pixels
 from gfnem.tasks.discrete_vae.layers import (
     Precision,
     check_precision,
-    training_precision,
+    in_precision,
     upwards,
 )
 from gfnem.tasks.discrete_vae.likelihood import Bernoulli, DiscretisedLogistic, Likelihood
@@ -44,7 +44,8 @@ class DiscreteVAE(TractableModel):
     prior: "uniform", "masked_linear" or "masked_convolution"; the latter two are autoregressive and
         learned.
     prior_width: of their networks.
-    precision: "bfloat16" trains the decoder in autocast; evaluations are in float32 all the same.
+    precision: "bfloat16" trains the decoder in autocast. Evaluations are in float32 all the same,
+        but importance sampling decodes draws without weight in bfloat16 alone.
     compile: the decoder with torch.compile, which needs a compiler and a minute at the start.
     """
 
@@ -118,28 +119,43 @@ class DiscreteVAE(TractableModel):
 
     def log_joint(self, x: Images, z: Codes) -> Float[Tensor, "batch samples"]:
         decoded = z.index if z.decoded is None else z.decoded
-        grids, row = distinct(z.index.flatten(0, 1), self.codes)
-        log_prior = self.log_prior(grids)[row].unflatten(0, z.index.shape[:2])
+        log_prior = self.log_prior(z.index.flatten(0, 1)).unflatten(0, z.index.shape[:2])
         return log_prior + self.log_reconstruction(x, decoded)
 
     def log_prior(self, index: Int[Tensor, "rows positions"]) -> Float[Tensor, "rows"]:
-        return self.prior.log_prob(index).sum(-1)
+        """log p(z); grids that repeat are scored once."""
+        grids, row = distinct(index, self.codes)
+        return self.prior.log_prob(grids).sum(-1)[row]
 
     def log_reconstruction(
         self, x: Images, index: Int[Tensor, "batch samples positions"]
     ) -> Float[Tensor, "batch samples"]:
         """log p(x | z); grids that repeat are decoded once."""
         batch, samples = index.shape[:2]
-        grids, row = distinct(index.flatten(0, 1), self.codes)
-        image = torch.arange(batch, device=row.device).repeat_interleave(samples)
+        image = torch.arange(batch, device=index.device).repeat_interleave(samples)
+        log_p = self.log_reconstruction_of(x, image, index.flatten(0, 1))
+        return log_p.view(batch, samples)
+
+    def log_reconstruction_of(
+        self,
+        x: Images,
+        image: Int[Tensor, "pairs"],
+        index: Int[Tensor, "pairs positions"],
+        precision: Precision | None = None,
+    ) -> Float[Tensor, "pairs"]:
+        """The same for any pairs of one of the images and a grid.
+
+        precision: of the decoder; None for float32, or that of the training in training mode.
+        """
+        grids, row = distinct(index, self.codes)
         if torch.is_grad_enabled():
             output = self.decode(self.codebook(grids))
-            return self.likelihood.log_prob(x.pixels, output, image, row).view(batch, samples)
+            return self.likelihood.log_prob(x.pixels, output, image, row)
         order = row.argsort()
         ends = torch.bincount(row, minlength=len(grids)).cumsum(0)
-        log_p = self.codebook.weight.new_empty(batch * samples)
+        log_p = self.codebook.weight.new_empty(len(row))
         done = 0
-        for first, output in self._decoded(self.codebook(grids)):
+        for first, output in self._decoded(self.codebook(grids), precision):
             last = first + len(output)
             until = int(ends[last - 1])
             pairs = order[done:until]
@@ -147,16 +163,20 @@ class DiscreteVAE(TractableModel):
                 x.pixels, output, image[pairs], row[pairs] - first
             )
             done = until
-        return log_p.view(batch, samples)
+        return log_p
 
     def _decoded(
-        self, embedded: Float[Tensor, "rows positions embedding"]
+        self,
+        embedded: Float[Tensor, "rows positions embedding"],
+        precision: Precision | None = None,
     ) -> Iterator[tuple[int, Float[Tensor, "chunk outputs height width"]]]:
         """The decoder's output a chunk at a time, each after the number of its first row."""
+        if precision is None:
+            precision = self.precision if self.training else "float32"
         first = 0
         size = self.image_shape[1] * self.image_shape[2] * self.decoder_width
         for chunk in embedded.split(max(CHUNK[embedded.device.type] // size, 1)):
-            with training_precision(self, self.precision):
+            with in_precision(self, precision):
                 output = self.decoder(chunk.mT.unflatten(2, self.grid))
             yield first, output.to(embedded.dtype)
             first += len(chunk)

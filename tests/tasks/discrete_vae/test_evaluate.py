@@ -131,7 +131,7 @@ def test_gap_bound_and_likelihood_are_those_of_enumeration():
     elbo = float((q * (table - q.log())).sum(-1).mean())
     nll = -float(table.logsumexp(-1).mean())
     torch.manual_seed(0)
-    evaluator = DiscreteVAEEvaluator(data, nll_samples=20_000, batch_size=2)
+    evaluator = DiscreteVAEEvaluator(data, samples=20_000, nll_samples=20_000, batch_size=2)
     metrics = evaluator(model, posterior, "test", final=True)
     assert metrics["test/exact_nll"] == pytest.approx(nll, abs=1e-10)
     # The relative variance of an estimate is about one over the effective samples.

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from gfnem.inference import log_mean_exp
+from gfnem.inference import inference, log_mean_exp
 from gfnem.tasks.discrete_vae import importance
 from gfnem.tasks.discrete_vae.codes import Codes
 from gfnem.tasks.discrete_vae.importance import (
@@ -136,3 +136,30 @@ def test_the_choice_depends_on_the_seed_alone():
 def test_nothing_has_a_gradient():
     model, policy = make_model(), make_policy()
     assert not log_weights(policy, model, images(2), 3).requires_grad
+
+
+def test_models_that_train_in_bfloat16_are_rated_as_exactly(monkeypatch):
+    torch.set_default_dtype(torch.float32)
+    exact, rounded = make_model(), make_model(precision="bfloat16")
+    x = images(3)
+    again: list[int] = []
+    decode = rounded.log_reconstruction_of
+
+    def counted(x, image, index, precision=None):
+        if precision is None:
+            again.append(len(index))
+        return decode(x, image, index, precision)
+
+    monkeypatch.setattr(rounded, "log_reconstruction_of", counted)
+    policy: Any = Known(log_joint_table(exact, x), power=0.1)
+    torch.manual_seed(0)
+    expected = log_weights(policy, exact, x, 200)
+    with inference(exact, rounded):
+        torch.manual_seed(0)
+        found = log_weights(policy, rounded, x, 200)
+    assert 0 < again[0] < found.numel(), "draws without weight are decoded in bfloat16 alone"
+    difference = (found - expected).abs()
+    assert 0 < difference.max() < 0.1
+    likely = expected.softmax(-1) > 0.01
+    assert likely.any() and difference[likely].max() < 1e-5
+    torch.testing.assert_close(log_mean_exp(found), log_mean_exp(expected), atol=1e-4, rtol=0)
