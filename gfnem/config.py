@@ -99,6 +99,7 @@ def _compose(folder: Path, overrides: Sequence[str]) -> DictConfig:
             ) from None
         raise UserError(_line(error)) from None
     _drop_parts_not_chosen(config, overrides)
+    _check_m_step(config, overrides)
     return config
 
 
@@ -121,6 +122,19 @@ def _drop_parts_not_chosen(config: DictConfig, overrides: Sequence[str]) -> None
             if override.partition("=")[0].lstrip("+").startswith(f"{part}."):
                 raise UserError(f"{override} has no effect: this run has no {part}")
         config[part] = None
+
+
+def _check_m_step(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Raise UserError for options of M-steps by gradient where they are in closed form."""
+    if OmegaConf.select(config, "posterior.m_step") != "closed":
+        return
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+")
+        if key == "em.model_clip" or key.startswith("optimizer.model"):
+            raise UserError(
+                f"{override} has no effect: M-steps go to the maximum at once; set "
+                "posterior.m_step=gradient"
+            )
 
 
 def _parsed(override: str) -> Override:

@@ -167,6 +167,16 @@ def test_what_mean_field_is_depends_on_the_task(
     compose([*tiny_mixture, "posterior=mean_field", "refinement=none"])
 
 
+@pytest.mark.parametrize("ignored", ["optimizer.model.lr=0.1", "em.model_clip=1"])
+def test_options_of_gradients_that_no_m_step_follows_are_refused(
+    ignored: str, tiny_mixture: list[str]
+) -> None:
+    message = f"^{ignored} has no effect: M-steps go to the maximum at once; set posterior.m_step="
+    with pytest.raises(UserError, match=message):
+        compose([*tiny_mixture, ignored])
+    compose([*tiny_mixture, ignored, "posterior.m_step=gradient"])
+
+
 @pytest.mark.parametrize("posterior", ["gflownet", "exact", "mean_field"])
 @pytest.mark.parametrize("start", ["normal", "points"])
 def test_the_same_seed_starts_every_posterior_at_the_same_means(
