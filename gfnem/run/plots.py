@@ -435,21 +435,21 @@ def image_grid(
 
 def labelled_points(
     points: Float[Tensor, "points 2"],
-    panels: Sequence[tuple[str, Int[Tensor, "points"]]],
-    centers: Float[Tensor, "centers 2"],
+    panels: Sequence[tuple[str, Int[Tensor, "points"], Float[Tensor, "centers 2"]]],
+    columns: int = 2,
 ) -> Figure:
-    """Draw the same points several times, colored by labels, two panels in a row.
+    """Draw the same points several times, colored by labels.
 
     Args:
         points: on the plane.
-        panels: (title, label of each point, from 0). Of more labels than colors there are, some
-            share one.
-        centers: drawn as crosses in every panel.
+        panels: (title, label of each point, from 0, and centers, drawn as crosses). Of more labels
+            than colors there are, some share one.
+        columns: panels in a row.
     """
-    rows = math.ceil(len(panels) / 2)
-    figure = Figure(figsize=(8.4, 4.2 * rows), layout="constrained")
-    for number, (title, labels) in enumerate(panels, start=1):
-        axes = figure.add_subplot(rows, 2, number)
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(4.2 * columns, 4.2 * rows), layout="constrained")
+    for number, (title, labels, centers) in enumerate(panels, start=1):
+        axes = figure.add_subplot(rows, columns, number)
         _style(axes, title)
         axes.set_aspect("equal", adjustable="datalim")
         colors = [_COLORS[label % len(_COLORS)] for label in labels.tolist()]
@@ -458,22 +458,26 @@ def labelled_points(
     return figure
 
 
-def paths(points: Float[Tensor, "points 2"], ways: Sequence[Sequence[Sequence[float]]]) -> Figure:
+def paths(
+    points: Float[Tensor, "points 2"],
+    panels: Sequence[tuple[str, Sequence[Sequence[Sequence[float]]]]],
+) -> Figure:
     """Draw ways across a cloud of points: a ring where each begins, a cross where it ends.
 
     Args:
         points: on the plane.
-        ways: of each its points in order.
+        panels: side by side, (title, of each way its points in order).
     """
-    figure = Figure(figsize=(5.2, 5.2), layout="constrained")
-    axes = figure.add_subplot()
-    _style(axes, "")
-    axes.set_aspect("equal", adjustable="datalim")
-    axes.scatter(*points.cpu().numpy().T, s=4, color="#c9ced3", linewidths=0)
-    for number, way in enumerate(ways):
-        color = _COLORS[number % len(_COLORS)]
-        x, y = zip(*way, strict=True)
-        axes.plot(x, y, color=color, linewidth=1.4, marker=".", markersize=3)
-        axes.plot(x[:1], y[:1], "o", color=color, markersize=9, fillstyle="none")
-        axes.plot(x[-1:], y[-1:], "x", color=color, markersize=9, markeredgewidth=2.4)
+    figure = Figure(figsize=(4.2 * len(panels), 4.2), layout="constrained")
+    for panel, (title, ways) in enumerate(panels, start=1):
+        axes = figure.add_subplot(1, len(panels), panel)
+        _style(axes, title)
+        axes.set_aspect("equal", adjustable="datalim")
+        axes.scatter(*points.cpu().numpy().T, s=4, color="#c9ced3", linewidths=0)
+        for number, way in enumerate(ways):
+            color = _COLORS[number % len(_COLORS)]
+            x, y = zip(*way, strict=True)
+            axes.plot(x, y, color=color, linewidth=1.4, marker=".", markersize=3)
+            axes.plot(x[:1], y[:1], "o", color=color, markersize=9, fillstyle="none")
+            axes.plot(x[-1:], y[-1:], "x", color=color, markersize=9, markeredgewidth=2.4)
     return figure

@@ -184,14 +184,19 @@ def test_images_that_cannot_be_drawn_are_an_error() -> None:
 
 def test_labelled_points() -> None:
     points = torch.tensor([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]])
-    panels = [("one", torch.tensor([0, 1, 0])), ("two", torch.tensor([6, 0, 1]))]
-    figure = labelled_points(points, panels, points[:1])
+    panels = [
+        ("one", torch.tensor([0, 1, 0]), points[:1]),
+        ("two", torch.tensor([6, 0, 1]), points[1:2]),
+    ]
+    figure = labelled_points(points, panels, columns=1)
+    (above, below) = (axes.get_position() for axes in figure.axes)
+    assert above.x0 == below.x0 and above.y0 > below.y0
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["one", "two"]
-    for axes in figure.axes:
+    for axes, (_, _, right) in zip(figure.axes, panels, strict=True):
         (scatter,) = axes.collections
         np.testing.assert_array_equal(np.asarray(scatter.get_offsets()), points.numpy())
         (centers,) = axes.lines
-        np.testing.assert_array_equal(centers.get_xydata(), [[0, 1]])
+        np.testing.assert_array_equal(centers.get_xydata(), right)
     first, second = (np.asarray(axes.collections[0].get_facecolor()) for axes in figure.axes)
     assert same_color(first[0], first[2]) and not same_color(first[0], first[1])
     # The seventh label has the first one's color again.
@@ -201,7 +206,8 @@ def test_labelled_points() -> None:
 
 def test_paths_have_a_beginning_and_an_end() -> None:
     ways = [[[0.0, 0.0], [1.0, 1.0], [2.0, 0.0]], [[3.0, 3.0]]]
-    (axes,) = paths(torch.zeros(4, 2), ways).axes
+    axes, other = paths(torch.zeros(4, 2), [("one", ways), ("other", ways[1:])]).axes
+    assert axes.get_title(loc="left") == "one" and len(other.lines) == 3
     lines = [np.asarray(line.get_xydata()).tolist() for line in axes.lines]
     assert lines == [ways[0], [[0, 0]], [[2, 0]], ways[1], [[3, 3]], [[3, 3]]]
     markers = [line.get_marker() for line in axes.lines]

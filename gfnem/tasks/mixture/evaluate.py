@@ -92,11 +92,8 @@ class MixtureEvaluator:
         run.add_figure("learning_curves", learning_curves(metrics, PANELS))
         test = self.data.test.to(device_of(model))
         run.add_figure("assignments", assignments(model, posterior, test))
-        ways = [
-            [start, *way]
-            for start, way in zip(model.start[:, :2].tolist(), ways_of_means(metrics), strict=True)
-        ]
-        run.add_figure("means", paths(self.data.train.values[:, :2], ways))
+        ways = ways_of_means(model, metrics)
+        run.add_figure("means", paths(self.data.train.values[:, :2], [("", ways)]))
 
 
 def assignments(model: HierarchicalMixture, posterior: Posterior, x: Points) -> Figure:
@@ -110,19 +107,21 @@ def assignments(model: HierarchicalMixture, posterior: Posterior, x: Points) -> 
             "q(z | x)": posterior.sample(model, x, 1).z,
             "p(z | x)": model.sample_posterior(x, 1),
         }
+    centers = model.means[:, :2].detach()
     panels = [
-        (f"{part} of a draw from {name}", getattr(z, part)[:, 0])
+        (f"{part} of a draw from {name}", getattr(z, part)[:, 0], centers)
         for part in ("supercluster", "petal")
         for name, z in drawn.items()
     ]
-    return labelled_points(x.values[:, :2], panels, model.means[:, :2].detach())
+    return labelled_points(x.values[:, :2], panels)
 
 
-def ways_of_means(metrics: Sequence[Mapping[str, float]]) -> list[list[list[float]]]:
-    """Where each supercluster was at the evaluations of a run, one after the other."""
+def ways_of_means(
+    model: HierarchicalMixture, metrics: Sequence[Mapping[str, float]]
+) -> list[list[list[float]]]:
+    """Where each supercluster was at the start of a run and at its evaluations, in order."""
     rated = [line for line in metrics if "means/0_x" in line]
-    superclusters = sum(key.startswith("means/") for key in rated[0]) // 2 if rated else 0
     return [
-        [[line[f"means/{number}_{axis}"] for axis in AXES] for line in rated]
-        for number in range(superclusters)
+        [start, *([line[f"means/{number}_{axis}"] for axis in AXES] for line in rated)]
+        for number, start in enumerate(model.start[:, :2].tolist())
     ]

@@ -67,9 +67,10 @@ def test_validation_says_where_the_means_are():
         for d, axis in enumerate("xy")
     }
     lines: list[Any] = [{"train/m_steps": 1}, metrics, {**metrics, "means/1_y": 7.0}]
-    ways = ways_of_means(lines)
-    assert ways[0] == 2 * [model.means[0, :2].tolist()]
-    assert ways[1][1] == [float(model.means[1, 0]), 7.0]
+    model.start += 1
+    ways = ways_of_means(model, lines)
+    assert ways[0] == [model.start[0, :2].tolist(), *2 * [model.means[0, :2].tolist()]]
+    assert ways[1][2] == [float(model.means[1, 0]), 7.0]
 
 
 def test_a_fixed_model_is_selected_by_the_gap():
