@@ -61,6 +61,12 @@ def _log_probabilities(seed: int, dtype: torch.dtype, temperature: float):
     return draw
 
 
+def with_gradients(grammar: DenseGrammar) -> list[Tensor]:
+    """Its rules as leaves: root, binary and emission."""
+    rules = (grammar.root, grammar.binary, grammar.emission)
+    return [rule.clone().requires_grad_() for rule in rules]
+
+
 class Rules:
     """root[A], binary[P][A][B][C] and emission[A][T][w] as nested lists; S is the last P."""
 

@@ -5,7 +5,6 @@ from math import inf, log
 
 import pytest
 import torch
-from torch import Tensor
 
 from gfnem.errors import UserError
 from gfnem.tasks.grammar import annotated_inside, inside
@@ -15,11 +14,6 @@ from tests.tasks.grammar import annotated_oracle, oracle
 from tests.tasks.grammar.tiny import count_trees, p_value
 
 LENGTHS = [4, 2, 6, 3, 5]
-
-
-def with_gradients(grammar: DenseGrammar) -> list[Tensor]:
-    rules = (grammar.root, grammar.binary, grammar.emission)
-    return [rule.clone().requires_grad_() for rule in rules]
 
 
 def without_context(grammar: Grammar) -> DenseGrammar:
@@ -58,7 +52,7 @@ def test_log_partition_is_that_of_enumeration(dtype):
 def test_gradients_are_expected_counts():
     words, lengths = oracle.random_sentences([4, 2, 5, 3], seed=2)
     grammar = annotated_oracle.random_grammar(2, 3, seed=2, temperature=0.5)
-    rules = with_gradients(grammar)
+    rules = annotated_oracle.with_gradients(grammar)
     weights = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
     value = annotated_inside.log_partition(DenseGrammar(*rules).potentials(words, lengths))
     (weights * value).sum().backward()
@@ -132,7 +126,7 @@ def test_samples_repeat_with_their_generator():
 def test_words_and_rules_of_probability_zero(seed, dtype):
     words, lengths = torch.tensor([[0, 1, 2, 3], [1, 0, 7, 2]]), torch.tensor([4, 4])
     grammar = sparse_grammar(seed, dtype)
-    rules = with_gradients(grammar)
+    rules = annotated_oracle.with_gradients(grammar)
     value = annotated_inside.log_partition(DenseGrammar(*rules).potentials(words, lengths))
     expected = annotated_oracle.log_partition(grammar, words[0].tolist())
     assert value[0].item() == pytest.approx(expected, abs=1e-4)
@@ -146,7 +140,9 @@ def test_words_and_rules_of_probability_zero(seed, dtype):
 
 def test_long_sentences_stay_finite_in_single_precision():
     words, lengths = oracle.random_sentences([60, 45], vocabulary=20)
-    single = with_gradients(annotated_oracle.random_grammar(3, 4, 20, dtype=torch.float32))
+    single = annotated_oracle.with_gradients(
+        annotated_oracle.random_grammar(3, 4, 20, dtype=torch.float32)
+    )
     value = annotated_inside.log_partition(DenseGrammar(*single).potentials(words, lengths))
     value.sum().backward()
     assert all(rule.grad is not None and rule.grad.isfinite().all() for rule in single)
