@@ -40,8 +40,8 @@ def neural_ncfg(**options) -> NeuralNCFG:
     model = NeuralNCFG(VOCABULARY, **options)
     with torch.no_grad():
         # Far enough from uniform rules to tell one context from another.
-        model.symbol *= 4
-        model.context *= 4
+        model.symbol.mul_(4)
+        model.context.mul_(4)
     return model
 
 
