@@ -206,6 +206,7 @@ class EM:
             )
         if clock not in ("wall", "cpu"):
             raise UserError(f"em.clock is {clock!r}; use 'wall' or 'cpu'")
+        posterior.check(model)
         self._now = time.monotonic if clock == "wall" else time.process_time
         self.model = model.to(device)
         self.posterior = posterior.to(device)

@@ -71,6 +71,9 @@ class Posterior(nn.Module, ABC):
         """
         return False
 
+    def check(self, model: LatentVariableModel) -> None:
+        """Raises UserError for a model that this posterior cannot be used with."""
+
     @abstractmethod
     def e_step(self, model: LatentVariableModel, x: Any) -> EStep:
         """The loss that brings q closer to p(z | x).

@@ -319,6 +319,40 @@ class TestGenerate:
         assert capsys.readouterr().out != captured.out
 
 
+class TestRulesThatSeeTheParent:
+    def test_trains_exactly_parses_and_generates(
+        self,
+        tiny_data: list[str],
+        tiny_run: list[str],
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(GrammarEvaluator, "report", lambda *arguments: None)
+        options = [*tiny_data, *tiny_run, "model=ncfg", "posterior=exact", "run_dir=ncfg"]
+        assert main(options) == 0
+        summary = json.loads(Path("ncfg/summary.json").read_text())
+        assert summary["test/posterior_gap"] == pytest.approx(0, abs=1e-4)
+        assert summary["test/nll_per_token"] > 0
+        assert "test/sentence_f1_exact_mbr" in summary
+        assert "test/sentence_f1_viterbi" not in summary
+        Path("sentences.txt").write_text("anna saw boris\n")
+        capsys.readouterr()
+        assert main(["parse", "run=ncfg", "file=sentences.txt"]) == 0
+        tree = Tree.fromstring(capsys.readouterr().out)
+        assert tree.leaves() == ["anna", "saw", "boris"]
+        assert re.fullmatch(r"N\d", tree[0].label())  # pyright: ignore
+        assert main(["generate", "run=ncfg", "n=3"]) == 0
+        line = failing(["parse", "run=ncfg", "file=sentences.txt", "decode=viterbi"], capsys)
+        assert "decode=viterbi needs a context-free grammar" in line
+
+    def test_policies_over_forests_are_refused_before_training(
+        self, tiny: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        line = failing([*tiny, "model=ncfg", "run_dir=refused"], capsys)
+        assert "a context-free grammar says, which NeuralNCFG is not" in line
+        assert not Path("refused").exists()
+
+
 class TestCompare:
     def test_puts_runs_beside_each_other(
         self,

@@ -88,6 +88,8 @@ def test_option(
         else:
             folder = request.getfixturevalue("real_data") / "nltk_data"
             overrides += [f"data.dir={folder}", "data.max_length=5"]
+    if option == "ncfg":
+        overrides.append("posterior=exact")
     if option == "rate_posterior":
         main([*tiny_data, *tiny_run, "posterior=exact", "run_dir=model"])
         overrides.append("model_from=model")

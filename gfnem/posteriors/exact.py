@@ -64,6 +64,9 @@ class ExactPosterior(Posterior):
     def closed_m_step(self) -> bool:
         return self.m_step == "closed"
 
+    def check(self, model: LatentVariableModel) -> None:
+        self._tractable(model)
+
     def e_step(self, model: LatentVariableModel, x: Any) -> EStep:
         return EStep(loss=None, latents=None)
 

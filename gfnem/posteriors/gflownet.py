@@ -88,6 +88,9 @@ class Policy(nn.Module, ABC):
     computed once for each E-step.
     """
 
+    def check(self, model: LatentVariableModel) -> None:
+        """Raises UserError for a model that this policy cannot be used with."""
+
     @abstractmethod
     def condition(self, model: LatentVariableModel, x: Any) -> Any:
         """Encode a batch. Gradients reach this policy's parameters, never the model's."""
@@ -224,6 +227,9 @@ class GFlowNetPosterior(Posterior):
     @property
     def closed_m_step(self) -> bool:
         return self.m_step == "closed"
+
+    def check(self, model: LatentVariableModel) -> None:
+        self.policy.check(model)
 
     def e_step(self, model: LatentVariableModel, x: Any) -> EStep:
         """The loss that brings q closer to p(z | x); see `Posterior.e_step`.

@@ -19,8 +19,7 @@ from gfnem.posteriors.exact import TractableModel
 from gfnem.tasks.grammar import inside
 from gfnem.tasks.grammar.data import Corpus, GrammarData, Sentences, SplitName
 from gfnem.tasks.grammar.f1 import SpanCounts
-from gfnem.tasks.grammar.messages import sample_labels
-from gfnem.tasks.grammar.model import ParsingModel
+from gfnem.tasks.grammar.model import GrammarModel, ParsingModel
 from gfnem.tasks.grammar.tree import Trees
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ class GrammarEvaluator:
         sentence_f1, corpus_f1: one draw of q.
         sentence_f1_mbr, corpus_f1_mbr: minimum-Bayes-risk trees of the draws' span frequencies.
         sentence_f1_exact_mbr, corpus_f1_exact_mbr: the same of the grammar's exact span marginals;
-            where it is context-free.
+            where they are tractable.
         sentence_f1_viterbi, corpus_f1_viterbi: the grammar's best trees; context-free, final only.
         baseline/left_f1, baseline/left_corpus_f1 and the same for right and random: trees of
             these shapes on the split; final only.
@@ -183,16 +182,14 @@ class GrammarEvaluator:
             figures["iw_log_likelihood"] = log_mean_exp(log_weights)
             if log_likelihood is not None:
                 figures["posterior_gap"] = log_likelihood - log_weights.mean(-1)
-        if isinstance(model, TractableModel):
+        if isinstance(model, TractableModel) and model.tractable:
             exact = model.sample_posterior(x, self.samples)
             figures["distinct_exact_trees"] = exact.distinct_shapes()
             figures["right_exact_edge"] = _right_edge(exact)
-        if isinstance(model, ParsingModel):
-            potentials = model.potentials(x)
-            marginals = inside.span_marginals(potentials)
-            trees["_exact_mbr"] = inside.minimum_bayes_risk(marginals, x.lengths)
-            if final:
-                trees["_viterbi"], _ = inside.viterbi(potentials)
+        if isinstance(model, GrammarModel) and model.tractable:
+            trees["_exact_mbr"] = inside.minimum_bayes_risk(model.span_marginals(x), x.lengths)
+        if isinstance(model, ParsingModel) and final:
+            trees["_viterbi"], _ = inside.viterbi(model.potentials(x))
         return figures, trees
 
     def _more_log_weights(
@@ -315,22 +312,21 @@ def parse(
     """
     x = x.to(device_of(model))
     with inference(model, posterior):
-        potentials = model.potentials(x) if isinstance(model, ParsingModel) else None
         if decode == "mbr":
             trees = _minimum_bayes_risk(posterior.sample(model, x, samples).z)
         elif decode == "sample":
             trees = posterior.sample(model, x, 1).z
         elif decode != "viterbi":
             raise UserError(f"decode is {decode!r}; use 'mbr', 'sample' or 'viterbi'")
-        elif potentials is None:
+        elif not isinstance(model, ParsingModel):
             raise UserError(
                 f"decode=viterbi needs a context-free grammar, which {type(model).__name__} is "
                 "not: use decode=mbr or decode=sample"
             )
         else:
-            trees, _ = inside.viterbi(potentials)
-        if trees.labels is None and potentials is not None:
-            trees = sample_labels(potentials, trees)
+            trees, _ = inside.viterbi(model.potentials(x))
+        if trees.labels is None and isinstance(model, GrammarModel):
+            trees = model.sample_labels(x, trees)
     return [trees.to_nltk(sentence, said) for sentence, said in enumerate(words)]
 
 

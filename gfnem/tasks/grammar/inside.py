@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gfnem.categorical import sample_categorical
-from gfnem.errors import UserError
 from gfnem.tasks.grammar.potentials import Grammar, Potentials
+from gfnem.tasks.grammar.spans import Children, SpanTable, Splitter, possible, top_down
 from gfnem.tasks.grammar.tree import Trees
 
 
@@ -86,8 +86,8 @@ def sample(
     """
     draw = partial(sample_categorical, generator=generator)
     chart = _Chart.of(*_tables(potentials), _SUM_PRODUCT)
-    root = draw(_possible(chart.root_weights())[:, None].expand(-1, samples, -1))
-    trees = _top_down(root, potentials.lengths, chart.splitter(draw))
+    root = draw(possible(chart.root_weights())[:, None].expand(-1, samples, -1))
+    trees = top_down(root, potentials.lengths, chart.splitter(draw))
     return trees if labelled else trees.shapes()
 
 
@@ -102,8 +102,8 @@ def viterbi(potentials: Potentials) -> tuple[Trees, Float[Tensor, "batch"]]:
     """
     best = partial(torch.argmax, dim=-1)
     chart = _Chart.of(*_tables(potentials), _MAX_PRODUCT)
-    weights = _possible(chart.root_weights())
-    trees = _top_down(best(weights)[:, None], potentials.lengths, chart.splitter(best))
+    weights = possible(chart.root_weights())
+    trees = top_down(best(weights)[:, None], potentials.lengths, chart.splitter(best))
     log_joint = weights.amax(-1).log() + chart.root_scale() + potentials.total_log_scale
     return trees, log_joint
 
@@ -118,33 +118,22 @@ def minimum_bayes_risk(
     algorithms and metrics"). Among equals the split furthest to the left is taken.
     """
     batch, length = scores.shape[0], scores.shape[1] - 1
-    best = _SpanTable.zeros(scores, length, batch)
+    best = SpanTable.zeros(scores, length, batch)
     left_width = torch.zeros_like(best.by_start, dtype=torch.long)
     for width in range(2, length + 1):
         children, choice = (best.left(width) + best.right(width)).max(-1)
         best.put(width, children + scores.diagonal(width, 1, 2).t())
         left_width[: length - width + 1, :, width] = choice + 1
 
-    def split(width: int, start: Tensor, sentence: Tensor, label: Tensor) -> _Children:
-        return _Children(left_width[start, sentence, width], label, label)
+    def split(width: int, start: Tensor, sentence: Tensor, label: Tensor) -> Children:
+        return Children(left_width[start, sentence, width], label, label)
 
-    return _top_down(torch.zeros_like(lengths)[:, None], lengths, split).shapes()
+    return top_down(torch.zeros_like(lengths)[:, None], lengths, split).shapes()
 
 
 def _tables(potentials: Potentials) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     p = potentials
     return p.root, p.rules, p.left, p.right, p.both, p.lengths
-
-
-def _possible(root_weights: Float[Tensor, "batch nonterminals"]) -> Tensor:
-    """The weights themselves; raises UserError where a sentence has no tree at all."""
-    impossible = (root_weights.amax(-1) <= 0).nonzero()
-    if len(impossible):
-        raise UserError(
-            f"sentence {int(impossible[0])} of the batch has probability 0 under the grammar and "
-            "so no tree; leave it out or let the grammar derive it"
-        )
-    return root_weights
 
 
 class _Semiring(NamedTuple):
@@ -167,44 +156,6 @@ _MAX_PRODUCT = _Semiring(torch.maximum, _max_product)
 
 
 @dataclass(frozen=True)
-class _SpanTable:
-    """A value for every span, stored twice so that slices, not gathers, give a span's children.
-
-    by_start: the span of `width` words from `start` on, at [start, sentence, width].
-    by_end: the span of `width` words before `end`, at [end, sentence, length - width].
-    """
-
-    by_start: Float[Tensor, "length+1 batch length+1 ..."]
-    by_end: Float[Tensor, "length+1 batch length+1 ..."]
-
-    @staticmethod
-    def zeros(like: Tensor, length: int, batch: int, *shape: int) -> _SpanTable:
-        size = (length + 1, batch, length + 1, *shape)
-        return _SpanTable(like.new_zeros(size), like.new_zeros(size))
-
-    @property
-    def length(self) -> int:
-        return self.by_start.shape[0] - 1
-
-    def put(self, width: int, values: Float[Tensor, "starts batch ..."]) -> None:
-        """Set the spans of `width` words, ordered by their start."""
-        self.by_start[: self.length - width + 1, :, width] = values
-        self.by_end[width:, :, self.length - width] = values
-
-    def left(self, width: int) -> Float[Tensor, "starts batch splits ..."]:
-        """Left children of the spans of `width` words, of 1, ..., width - 1 words; a view."""
-        return self.by_start[: self.length - width + 1, :, 1:width]
-
-    def right(self, width: int) -> Float[Tensor, "starts batch splits ..."]:
-        """Right children at the same splits, of width - 1, ..., 1 words; a view."""
-        return self.by_end[width:, :, self.length - width + 1 : self.length]
-
-    def whole(self, lengths: Int[Tensor, "batch"]) -> Float[Tensor, "batch ..."]:
-        """The span of each whole sentence."""
-        return self.by_start[0, torch.arange(len(lengths), device=lengths.device), lengths]
-
-
-@dataclass(frozen=True)
 class _Chart:
     """The scores of all spans of at least two words, beta = vectors * exp(scales).
 
@@ -221,8 +172,8 @@ class _Chart:
     right: Float[Tensor, "length batch nonterminals nonterminals"]
     lengths: Int[Tensor, "batch"]
     semiring: _Semiring
-    vectors: _SpanTable
-    scales: _SpanTable
+    vectors: SpanTable
+    scales: SpanTable
     weights: dict[int, Float[Tensor, "starts batch splits"]]
     peaks: dict[int, Float[Tensor, "starts batch"]]
 
@@ -245,8 +196,8 @@ class _Chart:
             right=right.transpose(0, 1).contiguous(),
             lengths=lengths,
             semiring=semiring,
-            vectors=_SpanTable.zeros(both, length, batch, nonterminals),
-            scales=_SpanTable.zeros(both, length, batch),
+            vectors=SpanTable.zeros(both, length, batch, nonterminals),
+            scales=SpanTable.zeros(both, length, batch),
             weights={},
             peaks={},
         )
@@ -292,16 +243,16 @@ class _Chart:
     def root_scale(self) -> Float[Tensor, "batch"]:
         return self.scales.whole(self.lengths)
 
-    def splitter(self, choose: Callable[[Tensor], Tensor]) -> _Splitter:
+    def splitter(self, choose: Callable[[Tensor], Tensor]) -> Splitter:
         """How to split spans of known label, their descendants summed out (or at their best).
 
         choose: the weights of options, along the last dimension -> the index of one.
         """
         nonterminals = len(self.root)
 
-        def split(width: int, start: Tensor, sentence: Tensor, label: Tensor) -> _Children:
+        def split(width: int, start: Tensor, sentence: Tensor, label: Tensor) -> Children:
             if width == 2:
-                return _Children(torch.ones_like(start), label, label)
+                return Children(torch.ones_like(start), label, label)
             left = self.vectors.left(width)[start, sentence]
             right = self.vectors.right(width)[start, sentence]
             rules = self.rules[label].unflatten(1, (nonterminals, nonterminals))
@@ -318,7 +269,7 @@ class _Chart:
             both = ((left_width > 1) & (left_width < width - 1)).nonzero().squeeze(-1)
             given = rules[both, first[both]] * right[both, left_width[both] - 1]
             second[both] = choose(given)
-            return _Children(left_width, first, second)
+            return Children(left_width, first, second)
 
         return split
 
@@ -342,7 +293,7 @@ class _LogPartition(torch.autograd.Function):
         nonterminals, batch, length = len(chart.root), len(total), chart.vectors.length
         # The gradient of log p(x) in the spans' vectors: what a span receives as a left child by
         # its start, what it receives as a right child by its end.
-        outside = _SpanTable.zeros(total, length, batch, nonterminals)
+        outside = SpanTable.zeros(total, length, batch, nonterminals)
         seed = torch.where(log_total.isfinite(), grad / total, 0.0)
         sentence = torch.arange(batch, device=total.device)
         outside.by_start[0, sentence, chart.lengths] = seed[:, None] * chart.root
@@ -390,44 +341,3 @@ class _LogPartition(torch.autograd.Function):
             None,
             grad_spans if ctx.needs_input_grad[6] else None,
         )
-
-
-class _Children(NamedTuple):
-    """How spans are split; the label of a child that is a word means nothing."""
-
-    left_width: Int[Tensor, "spans"]
-    left_label: Int[Tensor, "spans"]
-    right_label: Int[Tensor, "spans"]
-
-
-# The width of some spans, and of each its start, its sentence and its label -> its children.
-_Splitter = Callable[[int, Tensor, Tensor, Tensor], _Children]
-
-
-def _top_down(
-    root: Int[Tensor, "batch samples"], lengths: Int[Tensor, "batch"], split: _Splitter
-) -> Trees:
-    """Labelled trees from the labels of their roots; all spans of one width are split at once."""
-    batch, samples = root.shape
-    length = int(lengths.max())
-    sentence = torch.arange(batch, device=root.device).repeat_interleave(samples)
-    # The spans of a tree that are still to be split do not overlap: each is known by its start.
-    widths = lengths.new_zeros(batch * samples, length)
-    labels = torch.zeros_like(widths)
-    widths[:, 0], labels[:, 0] = lengths[sentence], root.flatten()
-    node_start = lengths.new_zeros(batch * samples, length - 1)
-    node_end = torch.zeros_like(node_start)
-    node_label = torch.full_like(node_start, -1)
-    for width in range(length, 1, -1):
-        tree, start = (widths == width).nonzero(as_tuple=True)
-        label = labels[tree, start]
-        children = split(width, start, sentence[tree], label)
-        middle = start + children.left_width
-        node_start[tree, middle - 1] = start
-        node_end[tree, middle - 1] = start + width
-        node_label[tree, middle - 1] = label
-        widths[tree, start], labels[tree, start] = children.left_width, children.left_label
-        widths[tree, middle] = width - children.left_width
-        labels[tree, middle] = children.right_label
-    shape = (batch, samples, length - 1)
-    return Trees(node_start.view(shape), node_end.view(shape), lengths, node_label.view(shape))

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gfnem.categorical import sample_categorical
+from gfnem.tasks.grammar.annotated import AnnotatedPotentials
 from gfnem.tasks.grammar.potentials import Potentials
 from gfnem.tasks.grammar.tree import Trees
 
@@ -101,7 +102,7 @@ def _word_right(levels: Levels, table: Tensor, chosen: slice) -> Tensor:
     return table[levels.sentence[chosen], levels.end[chosen] - 1]
 
 
-def _positive(x: Tensor) -> Tensor:
+def positive(x: Tensor) -> Tensor:
     """x where it may be divided by, 1 where a probability of zero made it zero."""
     return torch.where(x > 0, x, 1.0)
 
@@ -132,7 +133,7 @@ def _upward(
             raw = (message[a][:, :, None] * message[b][:, None]).flatten(1) @ flat_rules
             log_scale[nodes] = log_scale[a] + log_scale[b]
         largest = raw.amax(-1, keepdim=True)
-        factor[nodes] = _positive(largest)
+        factor[nodes] = positive(largest)
         message[nodes] = raw / factor[nodes]
         log_scale[nodes] += largest.log()
     return message, factor, log_scale.squeeze(1)
@@ -166,12 +167,12 @@ class _LogJointShape(torch.autograd.Function):
         weight = torch.where(probability > 0, grad, 0.0)
         # outside[v] is kept such that outside[v] . message[v] = 1.
         outside = torch.zeros_like(message)
-        outside[levels.root] = root / _positive(probability)[:, None]
-        grad_root = (weight / _positive(probability)) @ top
+        outside[levels.root] = root / positive(probability)[:, None]
+        grad_root = (weight / positive(probability)) @ top
 
         def descend(child: Tensor, value: Tensor) -> None:
             inner = (value * message[child]).sum(-1, keepdim=True)
-            outside[child] = value / _positive(inner)
+            outside[child] = value / positive(inner)
 
         for kind, first, behind in reversed(levels.slices):
             nodes = slice(first, behind)
@@ -234,9 +235,9 @@ def log_joint_shape(potentials: Potentials, trees: Trees) -> Float[Tensor, "batc
     return value.view(trees.start.shape[:2]) + potentials.total_log_scale[:, None]
 
 
-def _log(x: Tensor) -> Tensor:
+def log(x: Tensor) -> Tensor:
     """log x with gradient zero, not NaN, where x is zero."""
-    return torch.where(x > 0, _positive(x).log(), -torch.inf)
+    return torch.where(x > 0, positive(x).log(), -torch.inf)
 
 
 def log_joint_labelled(potentials: Potentials, trees: Trees) -> Float[Tensor, "batch samples"]:
@@ -244,19 +245,30 @@ def log_joint_labelled(potentials: Potentials, trees: Trees) -> Float[Tensor, "b
 
     Raises ValueError when the trees have no labels.
     """
-    rules = _rule_scores(potentials, trees).sum(-1)
-    return rules + _root_score(potentials, trees) + potentials.total_log_scale[:, None]
+    rules = rule_scores(potentials, trees).sum(-1)
+    return rules + root_score(potentials, trees) + potentials.total_log_scale[:, None]
 
 
-def _root_score(potentials: Potentials, trees: Trees) -> Float[Tensor, "batch samples"]:
+def root_score(
+    potentials: Potentials | AnnotatedPotentials, trees: Trees
+) -> Float[Tensor, "batch samples"]:
     """log p(S -> A) of each tree's topmost label."""
     assert trees.labels is not None
     top = trees.labels.gather(-1, trees.sizes.argmax(-1, keepdim=True)).squeeze(-1)
-    return _log(potentials.root[top])
+    return log(potentials.root[top])
 
 
-def _rule_scores(potentials: Potentials, trees: Trees) -> Float[Tensor, "batch samples nodes"]:
-    """log-probability of the rule at each node, up to the scales of its words; 0 for no node."""
+def rule_scores(
+    potentials: Potentials | AnnotatedPotentials,
+    trees: Trees,
+    context: Int[Tensor, "batch samples nodes"] | None = None,
+) -> Float[Tensor, "batch samples nodes"]:
+    """log-probability of the rule at each node, up to the scales of its words; 0 for no node.
+
+    context: the symbol above each node, where rules see it.
+
+    Raises ValueError when the trees have no labels.
+    """
     if trees.labels is None:
         raise ValueError("labelled trees are needed; these are shapes")
     left, right = trees.children()
@@ -266,18 +278,19 @@ def _rule_scores(potentials: Potentials, trees: Trees) -> Float[Tensor, "batch s
     label = trees.labels.clamp(min=0)
     below_left = label.gather(-1, left.clamp(min=0))
     below_right = label.gather(-1, right.clamp(min=0))
+    head = (label,) if context is None else (label, context)
     word_left, word_right = left < 0, right < 0
     last = (trees.end - 1).clamp(min=0)
     tables = (
-        (word_left & word_right, potentials.both, (sentence, gap, label)),
-        (word_left & ~word_right, potentials.left, (sentence, trees.start, label, below_right)),
-        (~word_left & word_right, potentials.right, (sentence, last, label, below_left)),
-        (~word_left & ~word_right, potentials.rules, (label, below_left, below_right)),
+        (word_left & word_right, potentials.both, (sentence, gap, *head)),
+        (word_left & ~word_right, potentials.left, (sentence, trees.start, *head, below_right)),
+        (~word_left & word_right, potentials.right, (sentence, last, *head, below_left)),
+        (~word_left & ~word_right, potentials.rules, (*head, below_left, below_right)),
     )
     score = potentials.rules.new_zeros(label.shape)
     for kind, table, at in tables:
         chosen = kind & trees.exists
-        values = _log(table[tuple(i.expand_as(label)[chosen] for i in at)])
+        values = log(table[tuple(i.expand_as(label)[chosen] for i in at)])
         score = score.masked_scatter(chosen, values)
     return score
 
@@ -294,14 +307,14 @@ def inside_scores(
     below = (word >= trees.start[..., None]) & (word < trees.end[..., None])
     words = (below * potentials.log_scale[:, None, None]).sum(-1)
     if trees.labels is not None:
-        rules = _rule_scores(potentials, trees)
+        rules = rule_scores(potentials, trees)
         inside = (trees.start[..., None, :] >= trees.start[..., None]) & (
             trees.end[..., None, :] <= trees.end[..., None]
         )
         inside &= trees.exists[..., None, :]
         scores = torch.where(inside, rules[..., None, :], 0.0).sum(-1) + words
         top = scores.gather(-1, trees.sizes.argmax(-1, keepdim=True)).squeeze(-1)
-        return scores, top + _root_score(potentials, trees)
+        return scores, top + root_score(potentials, trees)
     levels = Levels.of(trees)
     message, _, log_scale = _upward(
         levels, potentials.rules, potentials.left, potentials.right, potentials.both

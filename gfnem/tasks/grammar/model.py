@@ -14,19 +14,32 @@ from gfnem.errors import UserError
 from gfnem.posteriors.exact import TractableModel
 from gfnem.tasks.grammar import inside
 from gfnem.tasks.grammar.data import Sentences
-from gfnem.tasks.grammar.messages import log_joint_labelled, log_joint_shape
+from gfnem.tasks.grammar.derive import Rules, draw_sentences
+from gfnem.tasks.grammar.messages import log_joint_labelled, log_joint_shape, sample_labels
 from gfnem.tasks.grammar.potentials import Grammar, Potentials
 from gfnem.tasks.grammar.tree import Trees
 
 
-class ParsingModel(TractableModel):
-    """A context-free grammar p(x, z) over sentences and their binary trees.
+class GrammarModel(TractableModel):
+    """A grammar p(x, z) over sentences and their binary trees.
 
     Latents are `Trees`: with labels z is a labelled tree, without labels a shape, whose labels
     are summed out. `latent` says which of them the posterior is over.
     """
 
     latent: Literal["shape", "labelled"]
+
+    @abstractmethod
+    def span_marginals(self, x: Sentences) -> Float[Tensor, "batch length+1 length+1"]:
+        """p(span (start, end) in z | x); 0 for single words."""
+
+    @abstractmethod
+    def sample_labels(self, x: Sentences, z: Trees) -> Trees:
+        """The same trees with nonterminals drawn from the exact p(labels | shape, x)."""
+
+
+class ParsingModel(GrammarModel):
+    """A context-free grammar."""
 
     @abstractmethod
     def grammar(self) -> Grammar:
@@ -48,6 +61,26 @@ class ParsingModel(TractableModel):
     def sample_posterior(self, x: Sentences, samples: int) -> Trees:
         with torch.no_grad():
             return inside.sample(self.potentials(x), samples, labelled=self.latent == "labelled")
+
+    def span_marginals(self, x: Sentences) -> Float[Tensor, "batch length+1 length+1"]:
+        return inside.span_marginals(self.potentials(x))
+
+    def sample_labels(self, x: Sentences, z: Trees) -> Trees:
+        with torch.no_grad():
+            return sample_labels(self.potentials(x), z)
+
+
+def check_latent(latent: str) -> None:
+    """Raises UserError for what is no kind of latent."""
+    if latent not in ("shape", "labelled"):
+        raise UserError(f"latent is {latent!r}; use 'shape' or 'labelled'")
+
+
+def check_positive(**options: int) -> None:
+    """Raises UserError for options of the model below 1."""
+    for name, value in options.items():
+        if value < 1:
+            raise UserError(f"model.{name} is {value}; it must be at least 1")
 
 
 class Residual(nn.Module):
@@ -89,16 +122,10 @@ class NeuralPCFG(ParsingModel):
         latent: Literal["shape", "labelled"] = "shape",
     ):
         super().__init__()
-        if latent not in ("shape", "labelled"):
-            raise UserError(f"latent is {latent!r}; use 'shape' or 'labelled'")
-        for name, value in (
-            ("nonterminals", nonterminals),
-            ("preterminals", preterminals),
-            ("width", width),
-            ("tries", tries),
-        ):
-            if value < 1:
-                raise UserError(f"model.{name} is {value}; it must be at least 1")
+        check_latent(latent)
+        check_positive(
+            nonterminals=nonterminals, preterminals=preterminals, width=width, tries=tries
+        )
         self.nonterminals = nonterminals
         self.preterminals = preterminals
         self.max_length = max_length
@@ -141,75 +168,17 @@ class NeuralPCFG(ParsingModel):
         `rejected` counts all that did not fit.
         """
         grammar = self.grammar()
-        found: list[tuple[Tensor, ...]] = []
-        missing = n
-        for _ in range(self.tries):
-            words, lengths, times, labels = _derive(grammar, missing, self.max_length, generator)
-            fits = lengths > 0
-            found.append((words[fits], lengths[fits], times[fits], labels[fits]))
-            kept = int(fits.sum())
-            self.rejected += missing - kept
-            missing -= kept
-            if missing == 0:
-                break
-        words, lengths, times, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
-        longest = max(int(lengths.max()) if len(lengths) else 0, 2)
-        ids = torch.full_like(lengths, -1)
-        x = Sentences(words[:, :longest], lengths, ids)
-        z = Trees.from_merge_times(times[:, None, : longest - 1], lengths)
-        labels = torch.where(z.exists, labels[:, None, : longest - 1], -1)
-        return x, Trees(z.start, z.end, z.lengths, labels)
+        symbols = grammar.binary.shape[1]
+        binary, emission = grammar.binary.flatten(1).exp(), grammar.emission.exp()
 
+        def expand(label: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+            rule = sample_categorical(binary[label], generator)
+            return rule // symbols, rule % symbols
 
-def _derive(
-    grammar: Grammar, n: int, max_length: int, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """n leftmost derivations side by side, each with a stack of symbols still to be expanded.
+        def emit(preterminal: Tensor, context: Tensor) -> Tensor:
+            return sample_categorical(emission[preterminal], generator)
 
-    Returns words [n, max_length], lengths [n] (0 where the sentence would be too long), and for
-    each gap the (negated) step at which its node was expanded and the node's label.
-    """
-    device = grammar.root.device
-    nonterminals, symbols = grammar.nonterminals, grammar.binary.shape[1]
-    binary = grammar.binary.flatten(1).exp()
-    emission = grammar.emission.exp()
-    rows = torch.arange(n, device=device)
-    # Every symbol on a stack gives at least one word; one slot more takes what does not fit.
-    stack = torch.zeros(n, max_length + 2, dtype=torch.long, device=device)
-    # The step at which a right child's parent was expanded, and the parent's label; -1 for others.
-    parent = torch.full_like(stack, -1)
-    parent_label = torch.full_like(stack, -1)
-    stack[:, 0] = sample_categorical(grammar.root.exp().expand(n, -1), generator)
-    depth = torch.ones(n, dtype=torch.long, device=device)
-    words = torch.zeros(n, max_length, dtype=torch.long, device=device)
-    lengths = torch.zeros(n, dtype=torch.long, device=device)
-    times = torch.zeros(n, max_length, dtype=torch.long, device=device)
-    labels = torch.full_like(times, -1)
-    alive = torch.ones(n, dtype=torch.bool, device=device)
-    for step in range(2 * max_length - 1):
-        row = rows[alive & (depth > 0)]
-        if len(row) == 0:
-            break
-        depth[row] -= 1
-        top = depth[row]
-        symbol, origin = stack[row, top], parent[row, top]
-        is_right = origin >= 0
-        right, gap = row[is_right], lengths[row][is_right] - 1
-        times[right, gap] = -origin[is_right]
-        labels[right, gap] = parent_label[row, top][is_right]
-        expands = symbol < nonterminals
-        grow, at, head = row[expands], top[expands], symbol[expands]
-        rule = sample_categorical(binary[head], generator)
-        fits = lengths[grow] + at + 2 <= max_length
-        alive[grow[~fits]] = False
-        stack[grow, at] = rule % symbols
-        parent[grow, at] = step
-        parent_label[grow, at] = head
-        stack[grow, at + 1] = rule // symbols
-        parent[grow, at + 1] = -1
-        depth[grow] += 2
-        emit, kind = row[~expands], symbol[~expands] - nonterminals
-        words[emit, lengths[emit]] = sample_categorical(emission[kind], generator)
-        lengths[emit] += 1
-    finished = alive & (depth == 0)
-    return words, torch.where(finished, lengths, 0), times, labels
+        rules = Rules(grammar.root.exp(), expand, emit)
+        x, z, rejected = draw_sentences(rules, n, self.max_length, self.tries, generator)
+        self.rejected += rejected
+        return x, z

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gfnem.categorical import sample_categorical
 from gfnem.errors import UserError
+from gfnem.model import LatentVariableModel
 from gfnem.objectives import ScoredTrajectories
 from gfnem.posteriors.gflownet import ON_POLICY, Behaviour, Paths, Policy
 from gfnem.tasks.grammar.data import Sentences
@@ -186,6 +187,13 @@ class ForestPolicy(Policy):
     @abstractmethod
     def scores(self, condition: ForestCondition, forest: Forest) -> ActionScores:
         """Start scoring the actions of a rollout."""
+
+    def check(self, model: LatentVariableModel) -> None:
+        if not isinstance(model, ParsingModel):
+            raise UserError(
+                f"{type(self).__name__} merges by what a context-free grammar says, which "
+                f"{type(model).__name__} is not: use posterior=exact"
+            )
 
     def condition(self, model: ParsingModel, x: Sentences) -> ForestCondition:
         with torch.no_grad():

@@ -1,0 +1,178 @@
+"""Grammars whose rules see the parent of their left-hand side, with a batch's words summed in.
+
+A rule's context is the symbol above its left-hand side: a nonterminal, or S, which comes last. A
+nonterminal together with its context makes such a grammar context-free, so that it has an inside
+algorithm. The context of a word's preterminal is the left-hand side of the rule that made it;
+hence words are summed out as in `potentials`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gfnem.categorical import sample_categorical
+
+
+@dataclass(frozen=True)
+class AnnotatedPotentials:
+    """What an annotated grammar says of the words of a batch of sentences, as probabilities.
+
+    Contexts are nonterminals, then S. Labels come first, as each has rules of its own.
+
+    root: p(S -> A).
+    rules: p(A -> B C | A, P), both children nonterminals; indexed [A, P, B, C].
+    left: sum over T of p(A -> T C | A, P) p(T -> w_i | T, A), word i the left child; indexed
+        [i, A, P, C].
+    right: sum over T of p(A -> B T | A, P) p(T -> w_i | T, A), word i the right child; indexed
+        [i, A, P, B].
+    both: sum over T and U of p(A -> T U | A, P) p(T -> w_i | T, A) p(U -> w_i+1 | U, A).
+    log_scale: every p(T -> w_i | T, A) above is divided by exp(log_scale[i]), their maximum.
+    lengths: words of each sentence; entries behind the sentence are meaningless.
+    """
+
+    root: Float[Tensor, "nonterminals"]
+    rules: Float[Tensor, "nonterminals contexts nonterminals nonterminals"]
+    left: Float[Tensor, "batch length nonterminals contexts nonterminals"]
+    right: Float[Tensor, "batch length nonterminals contexts nonterminals"]
+    both: Float[Tensor, "batch gaps nonterminals contexts"]
+    log_scale: Float[Tensor, "batch length"]
+    lengths: Int[Tensor, "batch"]
+
+    @property
+    def total_log_scale(self) -> Float[Tensor, "batch"]:
+        """The sum of log_scale over each sentence's words."""
+        position = torch.arange(self.log_scale.shape[1], device=self.lengths.device)
+        return (self.log_scale * (position < self.lengths[:, None])).sum(-1)
+
+
+class AnnotatedGrammar(ABC):
+    """Log-probabilities of the rules of a grammar that sees the parent.
+
+    S -> A; A -> B C given the context of A; T -> w given the nonterminal above T. Children are
+    nonterminals first, preterminals behind them.
+    """
+
+    root: Float[Tensor, "nonterminals"]
+    emission: Float[Tensor, "nonterminals preterminals vocabulary"]
+
+    @property
+    def nonterminals(self) -> int:
+        return self.emission.shape[0]
+
+    @property
+    def preterminals(self) -> int:
+        return self.emission.shape[1]
+
+    @abstractmethod
+    def draw_children(
+        self,
+        label: Int[Tensor, "rows"],
+        context: Int[Tensor, "rows"],
+        generator: torch.Generator | None,
+    ) -> tuple[Int[Tensor, "rows"], Int[Tensor, "rows"]]:
+        """B and C of rules A -> B C."""
+
+    @abstractmethod
+    def potentials(
+        self, words: Int[Tensor, "batch length"], lengths: Int[Tensor, "batch"]
+    ) -> AnnotatedPotentials:
+        """With the words summed in, differentiable; words of probability zero are allowed."""
+
+    def _emissions(
+        self, words: Int[Tensor, "batch length"]
+    ) -> tuple[
+        Float[Tensor, "nonterminals batch length preterminals"], Float[Tensor, "batch length"]
+    ]:
+        """p(T -> w_i | T, A), scaled to maximum 1 for each word, and the scales' logarithms."""
+        log_emission = self.emission[:, :, words].permute(0, 2, 3, 1)
+        log_scale = log_emission.detach().amax((0, 3))
+        log_scale = torch.where(log_scale.isfinite(), log_scale, 0.0)
+        return (log_emission - log_scale[..., None]).exp(), log_scale
+
+
+@dataclass(frozen=True)
+class DenseGrammar(AnnotatedGrammar):
+    """One log-probability for each rule: binary[P, A, B, C]."""
+
+    root: Float[Tensor, "nonterminals"]
+    binary: Float[Tensor, "contexts nonterminals symbols symbols"]
+    emission: Float[Tensor, "nonterminals preterminals vocabulary"]
+
+    def draw_children(
+        self, label: Tensor, context: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        symbols = self.binary.shape[-1]
+        rule = sample_categorical(self.binary[context, label].flatten(1).exp(), generator)
+        return rule // symbols, rule % symbols
+
+    def potentials(
+        self, words: Int[Tensor, "batch length"], lengths: Int[Tensor, "batch"]
+    ) -> AnnotatedPotentials:
+        nt = self.nonterminals
+        emission, log_scale = self._emissions(words)
+        probability = self.binary.transpose(0, 1).exp()
+        inner, word = slice(None, nt), slice(nt, None)
+        left = torch.einsum("anit,aptc->niapc", emission, probability[:, :, word, inner])
+        right = torch.einsum("anit,apbt->niapb", emission, probability[:, :, inner, word])
+        pair = torch.einsum("anit,aptu->aniup", emission[:, :, :-1], probability[:, :, word, word])
+        both = torch.einsum("aniup,aniu->niap", pair, emission[:, :, 1:])
+        return AnnotatedPotentials(
+            root=self.root.exp(),
+            rules=probability[:, :, inner, inner],
+            left=left,
+            right=right,
+            both=both,
+            log_scale=log_scale,
+            lengths=lengths,
+        )
+
+
+@dataclass(frozen=True)
+class LowRankGrammar(AnnotatedGrammar):
+    """p(B C | A, P) = sum over r of p(r | A, P) p(B | r) p(C | r): few numbers for many symbols.
+
+    mixture: log p(r | A, P), indexed [P, A, r].
+    left, right: log p(B | r) and log p(C | r).
+    """
+
+    root: Float[Tensor, "nonterminals"]
+    mixture: Float[Tensor, "contexts nonterminals rank"]
+    left: Float[Tensor, "rank symbols"]
+    right: Float[Tensor, "rank symbols"]
+    emission: Float[Tensor, "nonterminals preterminals vocabulary"]
+
+    def draw_children(
+        self, label: Tensor, context: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        rank = sample_categorical(self.mixture[context, label].exp(), generator)
+        return (
+            sample_categorical(self.left[rank].exp(), generator),
+            sample_categorical(self.right[rank].exp(), generator),
+        )
+
+    def potentials(
+        self, words: Int[Tensor, "batch length"], lengths: Int[Tensor, "batch"]
+    ) -> AnnotatedPotentials:
+        nt = self.nonterminals
+        emission, log_scale = self._emissions(words)
+        mixture = self.mixture.transpose(0, 1).exp()
+        left, right = self.left.exp(), self.right.exp()
+        word_left = torch.einsum("anit,rt->anir", emission, left[:, nt:])
+        word_right = torch.einsum("anit,rt->anir", emission, right[:, nt:])
+        given_left = torch.einsum("apr,rb->abpr", mixture, left[:, :nt])
+        given_right = torch.einsum("apr,rc->apcr", mixture, right[:, :nt])
+        both = word_left[:, :, :-1] * word_right[:, :, 1:]
+        return AnnotatedPotentials(
+            root=self.root.exp(),
+            rules=torch.einsum("abpr,rc->apbc", given_left, right[:, :nt]),
+            left=torch.einsum("anir,apcr->niapc", word_left, given_right),
+            right=torch.einsum("anir,abpr->niapb", word_right, given_left),
+            both=torch.einsum("anir,apr->niap", both, mixture),
+            log_scale=log_scale,
+            lengths=lengths,
+        )

@@ -1,0 +1,160 @@
+"""Grammars that are not context-free: rules see the parent of their left-hand side."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gfnem.categorical import sample_categorical
+from gfnem.tasks.grammar import annotated_inside, annotated_messages
+from gfnem.tasks.grammar.annotated import (
+    AnnotatedGrammar,
+    AnnotatedPotentials,
+    DenseGrammar,
+    LowRankGrammar,
+)
+from gfnem.tasks.grammar.data import Sentences
+from gfnem.tasks.grammar.derive import Rules, draw_sentences
+from gfnem.tasks.grammar.model import GrammarModel, Residual, check_latent, check_positive
+from gfnem.tasks.grammar.tree import Trees
+
+# The inside algorithm takes time with the fourth power of the nonterminals.
+MOST_NONTERMINALS = 40
+
+
+class AnnotatedModel(GrammarModel):
+    """A grammar whose rules see the parent; tractable up to 40 nonterminals."""
+
+    nonterminals: int
+
+    @abstractmethod
+    def grammar(self) -> AnnotatedGrammar:
+        """The rules' log-probabilities, differentiable."""
+
+    def potentials(self, x: Sentences) -> AnnotatedPotentials:
+        """The grammar with the words of a batch summed in, differentiable."""
+        return self.grammar().potentials(x.words, x.lengths)
+
+    @property
+    def tractable(self) -> bool:
+        return self.nonterminals <= MOST_NONTERMINALS
+
+    def log_joint(self, x: Sentences, z: Trees) -> Float[Tensor, "batch samples"]:
+        potentials = self.potentials(x)
+        if z.labels is None:
+            return annotated_messages.log_joint_shape(potentials, z)
+        return annotated_messages.log_joint_labelled(potentials, z)
+
+    def log_likelihood(self, x: Sentences) -> Float[Tensor, "batch"] | None:
+        return annotated_inside.log_partition(self.potentials(x)) if self.tractable else None
+
+    def sample_posterior(self, x: Sentences, samples: int) -> Trees:
+        with torch.no_grad():
+            labelled = self.latent == "labelled"
+            return annotated_inside.sample(self.potentials(x), samples, labelled=labelled)
+
+    def span_marginals(self, x: Sentences) -> Float[Tensor, "batch length+1 length+1"]:
+        return annotated_inside.span_marginals(self.potentials(x))
+
+    def sample_labels(self, x: Sentences, z: Trees) -> Trees:
+        with torch.no_grad():
+            return annotated_messages.sample_labels(self.potentials(x), z)
+
+
+class NeuralNCFG(AnnotatedModel):
+    """p(A -> B C | A, parent of A), p(T -> w | T, parent of T), of symbol embeddings.
+
+    S -> A has no parent to see. A, B and C are nonterminals, B and C also preterminals.
+
+    vocabulary: number of word ids.
+    nonterminals, preterminals: numbers of symbols, the start symbol not counted.
+    rank: of the binary rules, p(B C | A, P) = sum_r p(r | A, P) p(B | r) p(C | r); None for one
+        probability for each rule.
+    width: of embeddings and hidden layers.
+    max_length: longer draws from the model are rejected.
+    tries: rounds of draws before `sample` gives up on those that never fit.
+    latent: "shape" or "labelled".
+    """
+
+    rejected: Tensor
+
+    def __init__(
+        self,
+        vocabulary: int,
+        nonterminals: int = 30,
+        preterminals: int = 60,
+        rank: int | None = None,
+        width: int = 256,
+        max_length: int = 40,
+        tries: int = 4,
+        latent: Literal["shape", "labelled"] = "shape",
+    ):
+        super().__init__()
+        check_latent(latent)
+        check_positive(
+            nonterminals=nonterminals, preterminals=preterminals, width=width, tries=tries
+        )
+        if rank is not None:
+            check_positive(rank=rank)
+        self.nonterminals = nonterminals
+        self.max_length = max_length
+        self.tries = tries
+        self.latent = latent
+        self.register_buffer("rejected", torch.zeros((), dtype=torch.long))
+        symbols = nonterminals + preterminals
+        self.start = nn.Parameter(torch.randn(1, width))
+        self.symbol = nn.Parameter(torch.randn(symbols, width))
+        # What a symbol is to those below it; S comes last.
+        self.context = nn.Parameter(torch.randn(nonterminals + 1, width))
+        self.root_rules = nn.Sequential(
+            nn.Linear(width, width),
+            Residual(width),
+            Residual(width),
+            nn.Linear(width, nonterminals),
+        )
+        outputs = symbols * symbols if rank is None else rank
+        self.binary_rules = nn.Sequential(Residual(width), nn.Linear(width, outputs))
+        self.child_rules = nn.ModuleList(
+            nn.Linear(width, rank) for _ in ("left", "right") if rank is not None
+        )
+        self.emission_rules = nn.Sequential(
+            nn.Linear(width, width), Residual(width), Residual(width), nn.Linear(width, vocabulary)
+        )
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+
+    def grammar(self) -> AnnotatedGrammar:
+        symbols = len(self.symbol)
+        nonterminal, preterminal = self.symbol.tensor_split([self.nonterminals])
+        root = self.root_rules(self.start).log_softmax(-1).squeeze(0)
+        binary = self.binary_rules(self.context[:, None] + nonterminal).log_softmax(-1)
+        emission = self.emission_rules(self.context[:-1, None] + preterminal).log_softmax(-1)
+        if not self.child_rules:
+            return DenseGrammar(root, binary.unflatten(-1, (symbols, symbols)), emission)
+        left, right = (child(self.symbol).t().log_softmax(-1) for child in self.child_rules)
+        return LowRankGrammar(root, binary, left, right, emission)
+
+    @torch.no_grad()
+    def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Sentences, Trees]:
+        """At most n sentences of up to max_length words with their labelled trees.
+
+        A draw that cannot fit any more is rejected at once and drawn again, `tries` times at most;
+        `rejected` counts all that did not fit.
+        """
+        grammar = self.grammar()
+
+        def expand(label: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+            return grammar.draw_children(label, context, generator)
+
+        def emit(preterminal: Tensor, context: Tensor) -> Tensor:
+            return sample_categorical(grammar.emission[context, preterminal].exp(), generator)
+
+        rules = Rules(grammar.root.exp(), expand, emit)
+        x, z, rejected = draw_sentences(rules, n, self.max_length, self.tries, generator)
+        self.rejected += rejected
+        return x, z
