@@ -139,9 +139,11 @@ def _train(config: DictConfig, print_config: bool) -> int:
     from gfnem.run import Run
 
     built = build(config)
-    if built.config["em"]["m_steps"] == 0 and built.config["model_from"] is None:
+    given = built.em.model.is_truth or built.config["model_from"] is not None
+    if built.config["em"]["m_steps"] == 0 and not given:
         raise UserError(
-            "em.m_steps=0 trains the posterior alone: give model_from=RUN, the run of its model"
+            "em.m_steps=0 trains the posterior alone: give model_from=RUN, the run of its model, "
+            "or a model that is the truth of its data, such as model.start=truth of a mixture"
         )
     tracker = make(built.config["tracker"])
     return _fit(built, Run.create(built.config["run_dir"], built.config, tracker))

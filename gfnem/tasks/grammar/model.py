@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
@@ -50,27 +50,9 @@ class ParsingModel(TractableModel):
             return inside.sample(self.potentials(x), samples, labelled=self.latent == "labelled")
 
 
-class Residual(nn.Module):
-    """x + MLP(x), two layers."""
+class SampledPCFG(ParsingModel, ABC):
+    """A PCFG that gives sentences, too.
 
-    def __init__(self, width: int):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()
-        )
-
-    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
-        return x + self.layers(x)
-
-
-class NeuralPCFG(ParsingModel):
-    """A PCFG whose rules are computed from symbol embeddings (arXiv 1906.10225, without z).
-
-    S -> A; A -> B C with A a nonterminal and B, C nonterminals or preterminals; T -> w.
-
-    vocabulary: number of word ids.
-    nonterminals, preterminals: numbers of symbols, the start symbol not counted.
-    width: of embeddings and hidden layers.
     max_length: longer draws from the model are rejected.
     tries: rounds of draws before `sample` gives up on those that never fit.
     latent: "shape" or "labelled".
@@ -78,60 +60,15 @@ class NeuralPCFG(ParsingModel):
 
     rejected: Tensor
 
-    def __init__(
-        self,
-        vocabulary: int,
-        nonterminals: int = 30,
-        preterminals: int = 60,
-        width: int = 256,
-        max_length: int = 40,
-        tries: int = 4,
-        latent: Literal["shape", "labelled"] = "shape",
-    ):
+    def __init__(self, max_length: int, tries: int, latent: Literal["shape", "labelled"]):
         super().__init__()
         if latent not in ("shape", "labelled"):
             raise UserError(f"latent is {latent!r}; use 'shape' or 'labelled'")
-        for name, value in (
-            ("nonterminals", nonterminals),
-            ("preterminals", preterminals),
-            ("width", width),
-            ("tries", tries),
-        ):
-            if value < 1:
-                raise UserError(f"model.{name} is {value}; it must be at least 1")
-        self.nonterminals = nonterminals
-        self.preterminals = preterminals
+        check_sizes(tries=tries)
         self.max_length = max_length
         self.tries = tries
         self.latent = latent
         self.register_buffer("rejected", torch.zeros((), dtype=torch.long))
-        symbols = nonterminals + preterminals
-        self.start = nn.Parameter(torch.randn(1, width))
-        self.nonterminal = nn.Parameter(torch.randn(nonterminals, width))
-        self.preterminal = nn.Parameter(torch.randn(preterminals, width))
-        self.root_rules = nn.Sequential(
-            nn.Linear(width, width),
-            Residual(width),
-            Residual(width),
-            nn.Linear(width, nonterminals),
-        )
-        self.binary_rules = nn.Linear(width, symbols * symbols)
-        self.emission_rules = nn.Sequential(
-            nn.Linear(width, width), Residual(width), Residual(width), nn.Linear(width, vocabulary)
-        )
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.xavier_uniform_(parameter)
-
-    def grammar(self) -> Grammar:
-        symbols = self.nonterminals + self.preterminals
-        return Grammar(
-            root=self.root_rules(self.start).log_softmax(-1).squeeze(0),
-            binary=self.binary_rules(self.nonterminal)
-            .log_softmax(-1)
-            .unflatten(-1, (symbols, symbols)),
-            emission=self.emission_rules(self.preterminal).log_softmax(-1),
-        )
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Sentences, Trees]:
@@ -159,6 +96,80 @@ class NeuralPCFG(ParsingModel):
         z = Trees.from_merge_times(times[:, None, : longest - 1], lengths)
         labels = torch.where(z.exists, labels[:, None, : longest - 1], -1)
         return x, Trees(z.start, z.end, z.lengths, labels)
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raise UserError for options of a model that are below 1."""
+    for name, value in sizes.items():
+        if value < 1:
+            raise UserError(f"model.{name} is {value}; it must be at least 1")
+
+
+class Residual(nn.Module):
+    """x + MLP(x), two layers."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()
+        )
+
+    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        return x + self.layers(x)
+
+
+class NeuralPCFG(SampledPCFG):
+    """A PCFG whose rules are computed from symbol embeddings (arXiv 1906.10225, without z).
+
+    S -> A; A -> B C with A a nonterminal and B, C nonterminals or preterminals; T -> w.
+
+    vocabulary: number of word ids.
+    nonterminals, preterminals: numbers of symbols, the start symbol not counted.
+    width: of embeddings and hidden layers.
+    max_length, tries, latent: as for `SampledPCFG`.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        nonterminals: int = 30,
+        preterminals: int = 60,
+        width: int = 256,
+        max_length: int = 40,
+        tries: int = 4,
+        latent: Literal["shape", "labelled"] = "shape",
+    ):
+        super().__init__(max_length, tries, latent)
+        check_sizes(nonterminals=nonterminals, preterminals=preterminals, width=width)
+        self.nonterminals = nonterminals
+        self.preterminals = preterminals
+        symbols = nonterminals + preterminals
+        self.start = nn.Parameter(torch.randn(1, width))
+        self.nonterminal = nn.Parameter(torch.randn(nonterminals, width))
+        self.preterminal = nn.Parameter(torch.randn(preterminals, width))
+        self.root_rules = nn.Sequential(
+            nn.Linear(width, width),
+            Residual(width),
+            Residual(width),
+            nn.Linear(width, nonterminals),
+        )
+        self.binary_rules = nn.Linear(width, symbols * symbols)
+        self.emission_rules = nn.Sequential(
+            nn.Linear(width, width), Residual(width), Residual(width), nn.Linear(width, vocabulary)
+        )
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+
+    def grammar(self) -> Grammar:
+        symbols = self.nonterminals + self.preterminals
+        return Grammar(
+            root=self.root_rules(self.start).log_softmax(-1).squeeze(0),
+            binary=self.binary_rules(self.nonterminal)
+            .log_softmax(-1)
+            .unflatten(-1, (symbols, symbols)),
+            emission=self.emission_rules(self.preterminal).log_softmax(-1),
+        )
 
 
 def _derive(
