@@ -265,7 +265,13 @@ def _compare(arguments: list[str]) -> int:
             raise UserError("gfnem compare takes no flags: see gfnem --help")
     given = [argument for argument in arguments if re.match(r"\+*[\w.]+=", argument)]
     places = [argument for argument in arguments if argument not in given]
-    own = {"wandb": str, "metrics": str, "out": str, "tracker": Literal["files", "wandb"]}
+    own = {
+        "wandb": str,
+        "metrics": str,
+        "out": str,
+        "reach": str,
+        "tracker": Literal["files", "wandb"],
+    }
     of_wandb = {f"tracker.{key}": kind for key, kind in annotations_of(WandbTracker).items()}
     options, others = _split(given, own | of_wandb)
     _refuse(others, lambda key: True, f"compare takes {', '.join(own)}, tracker.KEY and folders")
