@@ -139,9 +139,11 @@ def _train(config: DictConfig, print_config: bool) -> int:
     from gfnem.run import Run
 
     built = build(config)
-    if built.config["em"]["m_steps"] == 0 and built.config["model_from"] is None:
+    given = built.em.model.is_truth or built.config["model_from"] is not None
+    if built.config["em"]["m_steps"] == 0 and not given:
         raise UserError(
-            "em.m_steps=0 trains the posterior alone: give model_from=RUN, the run of its model"
+            "em.m_steps=0 trains the posterior alone: give model_from=RUN, the run of its model, "
+            "or a model that is the truth of its data, such as model.start=truth of a mixture"
         )
     tracker = make(built.config["tracker"])
     return _fit(built, Run.create(built.config["run_dir"], built.config, tracker))
@@ -263,7 +265,13 @@ def _compare(arguments: list[str]) -> int:
             raise UserError("gfnem compare takes no flags: see gfnem --help")
     given = [argument for argument in arguments if re.match(r"\+*[\w.]+=", argument)]
     places = [argument for argument in arguments if argument not in given]
-    own = {"wandb": str, "metrics": str, "out": str, "tracker": Literal["files", "wandb"]}
+    own = {
+        "wandb": str,
+        "metrics": str,
+        "out": str,
+        "reach": str,
+        "tracker": Literal["files", "wandb"],
+    }
     of_wandb = {f"tracker.{key}": kind for key, kind in annotations_of(WandbTracker).items()}
     options, others = _split(given, own | of_wandb)
     _refuse(others, lambda key: True, f"compare takes {', '.join(own)}, tracker.KEY and folders")

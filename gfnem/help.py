@@ -23,7 +23,8 @@ usage:
   gfnem compare DIR DIR ... [out=comparison] [metrics=test/nll*,time/seconds] [tracker=wandb]
                                            runs beside each other, seeds as mean ± deviation: a
                                            table and curves; a DIR may hold many runs or be a
-                                           quoted pattern; wandb=ENTITY/PROJECT reads from there
+                                           quoted pattern; wandb=ENTITY/PROJECT reads from there,
+                                           'reach=valid/posterior_gap<0.1' counts steps to there
 
   verbs with run=DIR read the best checkpoint; checkpoint=last reads the last one.
 

@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 
 
 class LatentVariableModel(nn.Module, ABC):
-    """p(x, z), climbed in the M-step. x and z are the task's own batched types."""
+    """p(x, z), climbed in the M-step. x and z are the task's own batched types.
+
+    is_truth: whether it begins as the distribution that its data was drawn from, so that there is
+        nothing to climb and posteriors can be trained for it alone.
+    """
+
+    is_truth = False
 
     @abstractmethod
     def log_joint(self, x: Any, z: Any) -> Float[Tensor, "batch samples"]:

@@ -38,6 +38,19 @@ class Latents:
 
 
 @dataclass(frozen=True)
+class LatentTable:
+    """Every latent of each data point. A column may be another's repetition, or be no latent of
+    this data point: then both entries are -inf.
+
+    log_joint: log p(x, z).
+    log_q: log q(z | x), exact.
+    """
+
+    log_joint: Float[Tensor, "batch latents"]
+    log_q: Float[Tensor, "batch latents"]
+
+
+@dataclass(frozen=True)
 class EStep:
     """What one E-step on one batch gives.
 
@@ -85,6 +98,13 @@ class Posterior(nn.Module, ABC):
     def sample(self, model: LatentVariableModel, x: Any, samples: int) -> Latents:
         """Plain draws of q with their importance weights, without gradients."""
 
+    def tabulate(self, model: LatentVariableModel, x: Any) -> LatentTable | None:
+        """p and q of every z, without gradients; None for a posterior that does not do it.
+
+        Raises UserError where there are too many.
+        """
+        return None
+
     def refine(self, model: LatentVariableModel, x: Any, latents: Latents) -> Latents:
         """Latents for the M-step made of plain draws; here the draws themselves."""
         return latents
@@ -120,3 +140,7 @@ class Posterior(nn.Module, ABC):
         """Parameters for a torch optimizer; empty where nothing is learned."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         return [{"params": parameters}] if parameters else []
+
+    def sampling_parameters(self) -> list[nn.Parameter]:
+        """The learned parameters that q's draws depend on."""
+        return [p for p in self.parameters() if p.requires_grad]

@@ -461,7 +461,7 @@ MISTAKES = [
     (["compare"], "compare needs folders of runs, DIR DIR ..., or wandb=ENTITY/PROJECT"),
     (["compare", "nosuch"], "'nosuch' does not exist: check the path"),
     (["compare", "-m", "nosuch"], "gfnem compare takes no flags"),
-    (["compare", "x", "seed=1"], "seed=1: compare takes wandb, metrics, out, tracker, tracker.KEY"),
+    (["compare", "x", "seed=1"], "seed=1: compare takes wandb, metrics, out, reach, tracker, "),
     (["compare", "x", "tracker=no"], "tracker=no: it must be one of files, wandb"),
     (["compare", "x", "tracker.name=x"], "tracker.name=x: it has no effect without tracker=wandb"),
     (["compare", "x", "tracker=wandb", "tracker.mode=on"], "tracker.mode=on is unknown"),

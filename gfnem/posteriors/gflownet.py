@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gfnem.errors import UserError
 from gfnem.model import LatentVariableModel
 from gfnem.objectives import Objective, ScoredTrajectories, WeightedSum, vargrad
-from gfnem.posterior import EStep, Latents, Posterior
+from gfnem.posterior import EStep, Latents, LatentTable, Posterior
 from gfnem.posteriors.refinement import Refinement
 
 
@@ -106,6 +106,13 @@ class Policy(nn.Module, ABC):
     def log_forward(self, condition: Any, z: Any) -> Float[Tensor, "batch samples"]:
         """log P_F of trajectories that end in given latents, drawn from P_B."""
         return self.retrace(condition, z).log_forward.sum(0)
+
+    def tabulate(self, condition: Any) -> LatentTable | None:
+        """p and q of every z, without gradients; None for a policy that does not do it.
+
+        Raises UserError where there are too many.
+        """
+        return None
 
     @abstractmethod
     def regrow(
@@ -293,6 +300,10 @@ class GFlowNetPosterior(Posterior):
         paths = self.policy.sample(self.policy.condition(model, x), samples)
         return Latents(paths.z, paths.log_weights)
 
+    @torch.no_grad()
+    def tabulate(self, model: LatentVariableModel, x: Any) -> LatentTable | None:
+        return self.policy.tabulate(self.policy.condition(model, x))
+
     def refine(self, model: LatentVariableModel, x: Any, latents: Latents) -> Latents:
         if self.refinement is None:
             return latents
@@ -302,6 +313,9 @@ class GFlowNetPosterior(Posterior):
         flows = self.policy.flow_parameters()
         if self.flow_lr is None or not flows:
             return super().parameter_groups()
-        ids = {id(p) for p in flows}
-        rest = [p for p in self.parameters() if id(p) not in ids]
-        return [{"params": rest}, {"params": flows, "lr": self.flow_lr}]
+        return [{"params": self.sampling_parameters()}, {"params": flows, "lr": self.flow_lr}]
+
+    def sampling_parameters(self) -> list[nn.Parameter]:
+        """All but those of log Z(x) and the state flows."""
+        flows = {id(p) for p in self.policy.flow_parameters()}
+        return [p for p in self.parameters() if id(p) not in flows]

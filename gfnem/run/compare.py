@@ -8,6 +8,7 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,6 +48,7 @@ def compare(
     metrics: str | None = None,
     out: str = "comparison",
     tracker: Tracker | None = None,
+    reach: str | None = None,
 ) -> None:
     """Put runs beside each other: print a table, and write it to a folder with curves.
 
@@ -57,17 +59,21 @@ def compare(
             runs have, M-steps and seconds.
         out: the folder of table.md, table.csv and curves.png, which replace those of before.
         tracker: who is told of the comparison beside the files, as of a run of its own.
+        reach: a further column says after how many steps this held first, as in
+            `valid/posterior_gap<0.1`; see `Target`.
 
     Raises:
         UserError: a place holds no runs, the project cannot be read, no run is complete, a
-            pattern fits no metric, or the folder holds a run or cannot be written.
+            pattern fits no metric, `reach` is no target or one of a metric that no run has, or the
+            folder holds a run or cannot be written.
     """
     if not places and project is None:
         raise UserError("compare needs folders of runs, DIR DIR ..., or wandb=ENTITY/PROJECT")
     folder = Path(out)
     if (folder / "config.yaml").exists():
         raise UserError(f"out={out} holds a run: name another folder")
-    comparison = Comparison(finished_runs(places, project), metrics)
+    target = None if reach is None else Target.read(reach)
+    comparison = Comparison(finished_runs(places, project), metrics, target)
     comparison.show()
     try:
         figure = comparison.write(folder)
@@ -84,6 +90,44 @@ def compare(
     tracker.finish("finished")
 
 
+@dataclass(frozen=True)
+class Target:
+    """A value of a metric, to be reached from above or from below.
+
+    Steps are M-steps, or E-steps where the model did not move.
+    """
+
+    metric: str
+    falling: bool
+    value: float
+
+    @classmethod
+    def read(cls, text: str) -> Target:
+        """Of NAME<VALUE or NAME>VALUE. Raises UserError for anything else."""
+        parts = re.fullmatch(r"([^<>]+)([<>])([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)", text)
+        if parts is None:
+            raise UserError(
+                f"reach={text} is not of the form NAME<VALUE or NAME>VALUE, as in "
+                "'reach=valid/posterior_gap<0.1'"
+            )
+        return cls(parts[1], parts[2] == "<", float(parts[3]))
+
+    def __str__(self) -> str:
+        return f"steps to {self.metric}{'<' if self.falling else '>'}{self.value:g}"
+
+    def steps(self, run: FinishedRun) -> float | None:
+        """Steps of the first line where it is reached; infinite where it never is, None where the
+        run has no such metric.
+        """
+        lines = [line for line in run.lines if self.metric in line]
+        if not lines:
+            return None
+        counter = "train/m_steps" if run.numbers.get("train/m_steps") else "train/e_steps"
+        sign = 1 if self.falling else -1
+        reached = (line[counter] for line in lines if sign * (line[self.metric] - self.value) < 0)
+        return next(reached, math.inf)
+
+
 class Comparison:
     """A table of settings and their results.
 
@@ -96,12 +140,18 @@ class Comparison:
         runs: those to compare. Of several with the same configuration and seed the first counts,
             the others are named on standard error.
         patterns: as in `compare`.
+        target: what is to be reached; adds a column.
 
     Raises:
-        UserError: a pattern fits no metric.
+        UserError: a pattern fits no metric, or no run has the target's.
     """
 
-    def __init__(self, runs: Sequence[FinishedRun], patterns: str | None = None) -> None:
+    def __init__(
+        self,
+        runs: Sequence[FinishedRun],
+        patterns: str | None = None,
+        target: Target | None = None,
+    ) -> None:
         settings = settings_of([run.config for run in runs])
         self.rows = [_one_of_each_seed([runs[i] for i in setting.runs]) for setting in settings]
         self.settings = differences([setting.options for setting in settings])
@@ -116,11 +166,29 @@ class Comparison:
             bare = (re.sub("^(last/)?(test|valid)/", "", name) for name in self.metrics)
             names = dict.fromkeys(f"valid/{name}" for name in bare)
             self.curves = [name for name in names if self._rows_with_curve(name)]
+        if target is not None:
+            self._add(target)
+
+    def _add(self, target: Target) -> None:
+        """A column that says when the target was reached."""
+        steps = [[target.steps(run) for run in row] for row in self.rows]
+        if all(known is None for row in steps for known in row):
+            raise UserError(f"no run has a curve of {target.metric}: see their metrics.jsonl")
+        name = str(target)
+        self.metrics.append(name)
+        self.rows = [
+            [
+                run if known is None else replace(run, numbers={**run.numbers, name: known})
+                for run, known in zip(row, known_of_row, strict=True)
+            ]
+            for row, known_of_row in zip(self.rows, steps, strict=True)
+        ]
 
     def result(self, row: int, metric: str) -> Result | None:
         """What the seeds of a row have of a metric; None where none has it.
 
-        A number that one of them lacks, or that is not finite, leaves the others without a mean.
+        A number that one of them lacks, or that is not finite, leaves the others without a mean;
+        infinitely many steps are their mean, too.
         """
         runs = self.rows[row]
         if all(metric not in run.numbers for run in runs):
@@ -130,7 +198,8 @@ class Comparison:
             return values[0], math.nan
         if len(set(values)) == 1:  # without the rounding of a mean
             return values[0], 0.0
-        return float(np.mean(values)), float(np.std(values, ddof=1))
+        with np.errstate(invalid="ignore"):
+            return float(np.mean(values)), float(np.std(values, ddof=1))
 
     def texts(self) -> tuple[list[str], list[list[str]]]:
         """The table for people: its columns and its rows."""

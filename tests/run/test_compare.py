@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from gfnem.config import compose
 from gfnem.errors import UserError
 from gfnem.run import FilesTracker, Run
-from gfnem.run.compare import Comparison, compare
+from gfnem.run.compare import Comparison, Target, compare
 from gfnem.run.finished import FinishedRun, finished_runs
 from gfnem.run.plots import banded_curves
 from gfnem.run.settings import differences, settings_of
@@ -216,6 +216,31 @@ class TestComparison:
         assert cells(comparison.markdown())[2] == ["1", "2"]
         assert comparison.curves == ["valid/nll"]
 
+    def test_steps_to_a_value(self) -> None:
+        def run(seed: int, gaps: list[float], **more: Any) -> FinishedRun:
+            lines = [
+                {"train/m_steps": 10 * n, "train/e_steps": n, "valid/gap": gap}
+                for n, gap in enumerate(gaps, 1)
+            ]
+            summary = {"train/m_steps": 10 * len(gaps), "test/nll": 1.0}
+            config = changed(seed=seed, **more)
+            return FinishedRun.of(f"run {seed}", config, summary, [{"train/m_steps": 0}, *lines])
+
+        fast = [run(0, [0.5, 0.09, 0.2]), run(1, [0.5, 0.2, 0.1, 0.05])]
+        slow = [run(seed, gaps, model__width=16) for seed, gaps in enumerate(([0.5], [0.05]))]
+        other = [finished(changed(model__width=32), 1.0)]
+        comparison = Comparison([*fast, *slow, *other], "test/nll", Target.read("valid/gap<0.1"))
+        columns, rows = comparison.texts()
+        assert columns[-2:] == ["test/nll", "steps to valid/gap<0.1"]
+        assert [row[-1] for row in rows] == ["30 ± 14", "inf", "–"]
+        rising = Comparison(fast, "test/nll", Target.read("valid/gap>.15"))
+        assert rising.result(0, "steps to valid/gap>0.15") == (10, 0)
+
+    def test_steps_are_e_steps_where_the_model_stays(self) -> None:
+        lines = [{"train/m_steps": 0, "train/e_steps": 7, "valid/gap": 0.0}]
+        run = FinishedRun.of("run", changed(), {"train/m_steps": 0, "test/nll": 1.0}, lines)
+        assert Target.read("valid/gap<1e-1").steps(run) == 7
+
     def test_bar_in_a_value(self) -> None:
         runs = [finished(changed(data__file=file), 1.0) for file in ("a|b", "c")]
         assert "| a\\|b |" in Comparison(runs).markdown()
@@ -348,6 +373,11 @@ class TestCompare:
         (tmp_path / "file").touch()
         with pytest.raises(UserError, match="compare needs folders of runs, DIR DIR"):
             compare([])
+        for target in ("valid/nll", "<0.1", "valid/nll<", "valid/nll<low", "a<b<0.1"):
+            with pytest.raises(UserError, match=f"^reach={target} is not of the form NAME<VALUE"):
+                compare([run], reach=target)
+        with pytest.raises(UserError, match="^no run has a curve of valid/gap: see their metrics"):
+            compare([run], reach="valid/gap<0.1", out=str(tmp_path / "out"))
         with pytest.raises(UserError, match=r"metrics=test/f\* fits no metric: .* test/nll, and"):
             compare([run], metrics="test/nll,test/f*")
         with pytest.raises(UserError, match=r"out=.*run holds a run: name another folder"):

@@ -148,6 +148,7 @@ class GrammarData:
     min_count: words that are rarer among the training sentences become "<unk>".
     batch_size: of the training batches.
     seed: of the order of the training batches.
+    vocabulary: None for that of the training sentences.
 
     Raises UserError for an option out of its range and for a split without sentences.
     """
@@ -163,6 +164,7 @@ class GrammarData:
         min_count: int,
         batch_size: int,
         seed: int,
+        vocabulary: Vocabulary | None = None,
     ):
         _check_least("min_length", min_length, 2)
         _check_least("max_length", max_length, min_length)
@@ -178,7 +180,9 @@ class GrammarData:
             split: _within(split, reading, min_length, max_length)
             for split, reading in readings.items()
         }
-        self.vocabulary = Vocabulary.from_sentences(kept["train"][0].sentences, min_count)
+        self.vocabulary = vocabulary or Vocabulary.from_sentences(
+            kept["train"][0].sentences, min_count
+        )
         corpora = {split: self._corpus(*kept[split]) for split in kept}
         self.train, self.valid, self.test = (corpora[split] for split in ("train", "valid", "test"))
 

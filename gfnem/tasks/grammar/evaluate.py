@@ -10,8 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gfnem import divergences
 from gfnem.em import Metrics
 from gfnem.errors import UserError
+from gfnem.gradients import gradient_noise
 from gfnem.inference import device_of, inference, log_mean_exp
 from gfnem.model import LatentVariableModel
 from gfnem.posterior import Posterior
@@ -64,6 +66,9 @@ class GrammarEvaluator:
         distinct_trees: different shapes among `samples` draws of q, sentences of 8 words or more.
         right_edge: share of their non-trivial spans that end at the sentence's right edge.
         distinct_exact_trees, right_exact_edge: the same two of the grammar's exact posterior.
+        kl_p_q, kl_q_p, modes, modes_covered: see `gfnem.divergences`; with `divergences`.
+        train/gradient_variance, train/gradient_noise: of E-steps on the first training batch, see
+            `gfnem.gradients`; with `gradient_e_steps`.
 
     Final evaluations on the test split add train/posterior_gap, the same on `train_sentences`
     training sentences, evenly spaced: what q has not learned, apart from what it overfits.
@@ -76,6 +81,8 @@ class GrammarEvaluator:
     select: what is minimised on the validation split: "likelihood" (nll_per_token, or the bound
         for a model without an exact likelihood) or "posterior_gap", for a model that is not
         trained.
+    divergences: whether to list q(z | x) of every z; for shapes of sentences of up to 6 words.
+    gradient_e_steps: E-steps whose gradients are compared; None for none.
     """
 
     def __init__(
@@ -86,6 +93,8 @@ class GrammarEvaluator:
         batch_size: int = 64,
         train_sentences: int = 256,
         select: Literal["likelihood", "posterior_gap"] = "likelihood",
+        divergences: bool = False,
+        gradient_e_steps: int | None = None,
     ):
         for name, value, least in (
             ("samples", samples, 1),
@@ -102,6 +111,8 @@ class GrammarEvaluator:
         if select not in ("likelihood", "posterior_gap"):
             raise UserError(f"evaluator.select is {select!r}; use 'likelihood' or 'posterior_gap'")
         self.train_sentences = train_sentences
+        self.divergences = divergences
+        self.gradient_e_steps = gradient_e_steps
         self.select = select
         # The likelihood's bound once a model turns out to have no exact likelihood.
         self.selection = "valid/nll_per_token" if select == "likelihood" else "valid/posterior_gap"
@@ -131,6 +142,10 @@ class GrammarEvaluator:
             metrics[f"sentence_f1{name}"] = total.sentence_f1
             metrics[f"corpus_f1{name}"] = total.corpus_f1
         metrics = {f"{split}/{name}": value for name, value in metrics.items()}
+        if self.gradient_e_steps is not None:
+            batch = self.data.train_batches(0)[0].to(device_of(model))
+            of_gradients = gradient_noise(model, posterior, batch, self.gradient_e_steps)
+            metrics |= {f"train/{name}": value for name, value in of_gradients.items()}
         if self.select == "likelihood" and f"{split}/nll_per_token" not in metrics:
             self.selection = "valid/iw_nll_per_token"
         if final:
@@ -182,6 +197,8 @@ class GrammarEvaluator:
             figures["iw_log_likelihood"] = log_mean_exp(log_weights)
             if log_likelihood is not None:
                 figures["posterior_gap"] = log_likelihood - log_weights.mean(-1)
+        if self.divergences:
+            figures |= divergences.rate(model, posterior, x)
         if isinstance(model, TractableModel) and model.tractable:
             exact = model.sample_posterior(x, self.samples)
             figures["distinct_exact_trees"] = exact.distinct_shapes()
@@ -371,7 +388,7 @@ def _summarise(figures: dict[str, Float[Tensor, "sentences"]]) -> Metrics:
         metrics |= {"nll_per_token": nll, "perplexity": nll.exp()}
     if "iw_log_likelihood" in figures:
         metrics["iw_nll_per_token"] = -figures["iw_log_likelihood"].sum() / words.sum()
-    for name in ("posterior_gap", "effective_samples"):
+    for name in ("posterior_gap", "effective_samples", *divergences.NAMES):
         if name in figures:
             metrics[name] = figures[name].mean()
     is_long = words >= LONG

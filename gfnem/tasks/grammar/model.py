@@ -24,10 +24,45 @@ class GrammarModel(TractableModel):
     """A grammar p(x, z) over sentences and their binary trees.
 
     Latents are `Trees`: with labels z is a labelled tree, without labels a shape, whose labels
-    are summed out. `latent` says which of them the posterior is over.
+    are summed out.
+
+    latent: which of them the posterior is over, "shape" or "labelled".
+    max_length: longer draws from the model are rejected.
+    tries: rounds of draws before `sample` gives up on those that never fit.
     """
 
-    latent: Literal["shape", "labelled"]
+    rejected: Tensor
+
+    def __init__(
+        self,
+        latent: Literal["shape", "labelled"] = "shape",
+        max_length: int = 40,
+        tries: int = 4,
+    ):
+        super().__init__()
+        if latent not in ("shape", "labelled"):
+            raise UserError(f"latent is {latent!r}; use 'shape' or 'labelled'")
+        check_positive(tries=tries)
+        self.latent = latent
+        self.max_length = max_length
+        self.tries = tries
+        self.register_buffer("rejected", torch.zeros((), dtype=torch.long))
+
+    @abstractmethod
+    def rules(self, generator: torch.Generator | None) -> Rules:
+        """How the grammar's rules are drawn."""
+
+    @torch.no_grad()
+    def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Sentences, Trees]:
+        """At most n sentences of up to max_length words with their labelled trees.
+
+        A draw that cannot fit any more is rejected at once and drawn again, `tries` times at most;
+        `rejected` counts all that did not fit.
+        """
+        rules = self.rules(generator)
+        x, z, rejected = draw_sentences(rules, n, self.max_length, self.tries, generator)
+        self.rejected += rejected
+        return x, z
 
     @abstractmethod
     def span_marginals(self, x: Sentences) -> Float[Tensor, "batch length+1 length+1"]:
@@ -69,11 +104,19 @@ class ParsingModel(GrammarModel):
         with torch.no_grad():
             return sample_labels(self.potentials(x), z)
 
+    def rules(self, generator: torch.Generator | None) -> Rules:
+        grammar = self.grammar()
+        symbols = grammar.binary.shape[1]
+        binary, emission = grammar.binary.flatten(1).exp(), grammar.emission.exp()
 
-def check_latent(latent: str) -> None:
-    """Raises UserError for what is no kind of latent."""
-    if latent not in ("shape", "labelled"):
-        raise UserError(f"latent is {latent!r}; use 'shape' or 'labelled'")
+        def expand(label: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+            rule = sample_categorical(binary[label], generator)
+            return rule // symbols, rule % symbols
+
+        def emit(preterminal: Tensor, context: Tensor) -> Tensor:
+            return sample_categorical(emission[preterminal], generator)
+
+        return Rules(grammar.root.exp(), expand, emit)
 
 
 def check_positive(**options: int) -> None:
@@ -104,12 +147,8 @@ class NeuralPCFG(ParsingModel):
     vocabulary: number of word ids.
     nonterminals, preterminals: numbers of symbols, the start symbol not counted.
     width: of embeddings and hidden layers.
-    max_length: longer draws from the model are rejected.
-    tries: rounds of draws before `sample` gives up on those that never fit.
-    latent: "shape" or "labelled".
+    max_length, tries, latent: as for `GrammarModel`.
     """
-
-    rejected: Tensor
 
     def __init__(
         self,
@@ -121,17 +160,10 @@ class NeuralPCFG(ParsingModel):
         tries: int = 4,
         latent: Literal["shape", "labelled"] = "shape",
     ):
-        super().__init__()
-        check_latent(latent)
-        check_positive(
-            nonterminals=nonterminals, preterminals=preterminals, width=width, tries=tries
-        )
+        super().__init__(latent, max_length, tries)
+        check_positive(nonterminals=nonterminals, preterminals=preterminals, width=width)
         self.nonterminals = nonterminals
         self.preterminals = preterminals
-        self.max_length = max_length
-        self.tries = tries
-        self.latent = latent
-        self.register_buffer("rejected", torch.zeros((), dtype=torch.long))
         symbols = nonterminals + preterminals
         self.start = nn.Parameter(torch.randn(1, width))
         self.nonterminal = nn.Parameter(torch.randn(nonterminals, width))
@@ -159,26 +191,3 @@ class NeuralPCFG(ParsingModel):
             .unflatten(-1, (symbols, symbols)),
             emission=self.emission_rules(self.preterminal).log_softmax(-1),
         )
-
-    @torch.no_grad()
-    def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Sentences, Trees]:
-        """At most n sentences of up to max_length words with their labelled trees.
-
-        A draw that cannot fit any more is rejected at once and drawn again, `tries` times at most;
-        `rejected` counts all that did not fit.
-        """
-        grammar = self.grammar()
-        symbols = grammar.binary.shape[1]
-        binary, emission = grammar.binary.flatten(1).exp(), grammar.emission.exp()
-
-        def expand(label: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-            rule = sample_categorical(binary[label], generator)
-            return rule // symbols, rule % symbols
-
-        def emit(preterminal: Tensor, context: Tensor) -> Tensor:
-            return sample_categorical(emission[preterminal], generator)
-
-        rules = Rules(grammar.root.exp(), expand, emit)
-        x, z, rejected = draw_sentences(rules, n, self.max_length, self.tries, generator)
-        self.rejected += rejected
-        return x, z

@@ -18,8 +18,8 @@ from gfnem.tasks.grammar.annotated import (
     LowRankGrammar,
 )
 from gfnem.tasks.grammar.data import Sentences
-from gfnem.tasks.grammar.derive import Rules, draw_sentences
-from gfnem.tasks.grammar.model import GrammarModel, Residual, check_latent, check_positive
+from gfnem.tasks.grammar.derive import Rules
+from gfnem.tasks.grammar.model import GrammarModel, Residual, check_positive
 from gfnem.tasks.grammar.tree import Trees
 
 # The inside algorithm takes time with the fourth power of the nonterminals.
@@ -42,6 +42,18 @@ class AnnotatedModel(GrammarModel):
     @property
     def tractable(self) -> bool:
         return self.nonterminals <= MOST_NONTERMINALS
+
+    def rules(self, generator: torch.Generator | None) -> Rules:
+        grammar = self.grammar()
+        emission = grammar.emission.exp()
+
+        def expand(label: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+            return grammar.draw_children(label, context, generator)
+
+        def emit(preterminal: Tensor, context: Tensor) -> Tensor:
+            return sample_categorical(emission[context, preterminal], generator)
+
+        return Rules(grammar.root.exp(), expand, emit)
 
     def log_joint(self, x: Sentences, z: Trees) -> Float[Tensor, "batch samples"]:
         potentials = self.potentials(x)
@@ -75,12 +87,8 @@ class NeuralNCFG(AnnotatedModel):
     rank: of the binary rules, p(B C | A, P) = sum_r p(r | A, P) p(B | r) p(C | r); None for one
         probability for each rule.
     width: of embeddings and hidden layers.
-    max_length: longer draws from the model are rejected.
-    tries: rounds of draws before `sample` gives up on those that never fit.
-    latent: "shape" or "labelled".
+    max_length, tries, latent: as for `GrammarModel`.
     """
-
-    rejected: Tensor
 
     def __init__(
         self,
@@ -93,18 +101,11 @@ class NeuralNCFG(AnnotatedModel):
         tries: int = 4,
         latent: Literal["shape", "labelled"] = "shape",
     ):
-        super().__init__()
-        check_latent(latent)
-        check_positive(
-            nonterminals=nonterminals, preterminals=preterminals, width=width, tries=tries
-        )
+        super().__init__(latent, max_length, tries)
+        check_positive(nonterminals=nonterminals, preterminals=preterminals, width=width)
         if rank is not None:
             check_positive(rank=rank)
         self.nonterminals = nonterminals
-        self.max_length = max_length
-        self.tries = tries
-        self.latent = latent
-        self.register_buffer("rejected", torch.zeros((), dtype=torch.long))
         symbols = nonterminals + preterminals
         self.start = nn.Parameter(torch.randn(1, width))
         self.symbol = nn.Parameter(torch.randn(symbols, width))
@@ -138,23 +139,3 @@ class NeuralNCFG(AnnotatedModel):
             return DenseGrammar(root, binary.unflatten(-1, (symbols, symbols)), emission)
         left, right = (child(self.symbol).t().log_softmax(-1) for child in self.child_rules)
         return LowRankGrammar(root, binary, left, right, emission)
-
-    @torch.no_grad()
-    def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Sentences, Trees]:
-        """At most n sentences of up to max_length words with their labelled trees.
-
-        A draw that cannot fit any more is rejected at once and drawn again, `tries` times at most;
-        `rejected` counts all that did not fit.
-        """
-        grammar = self.grammar()
-
-        def expand(label: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-            return grammar.draw_children(label, context, generator)
-
-        def emit(preterminal: Tensor, context: Tensor) -> Tensor:
-            return sample_categorical(grammar.emission[context, preterminal].exp(), generator)
-
-        rules = Rules(grammar.root.exp(), expand, emit)
-        x, z, rejected = draw_sentences(rules, n, self.max_length, self.tries, generator)
-        self.rejected += rejected
-        return x, z

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import permutations
 from typing import Literal
 
 import torch
@@ -16,6 +17,7 @@ from gfnem.categorical import sample_categorical
 from gfnem.errors import UserError
 from gfnem.model import LatentVariableModel
 from gfnem.objectives import ScoredTrajectories
+from gfnem.posterior import LatentTable
 from gfnem.posteriors.gflownet import ON_POLICY, Behaviour, Paths, Policy
 from gfnem.tasks.grammar.data import Sentences
 from gfnem.tasks.grammar.encoder import SpanEncoder, SpanEncoding
@@ -27,6 +29,9 @@ from gfnem.tasks.grammar.potentials import Potentials
 from gfnem.tasks.grammar.tree import Trees
 
 Latent = Literal["shape", "labelled"]
+
+# Longer sentences have too many merge orders to try them all.
+TABULATED_WORDS = 6
 
 # Stands for log 0: finite, so that differences of two of them are numbers.
 LOG_ZERO = -1e4
@@ -223,6 +228,39 @@ class ForestPolicy(Policy):
         merges = self._orders(condition, z)
         keep = torch.full_like(merges.gaps[:, 0], merges.gaps.shape[1])
         return self._roll(condition, z.start.shape[1], forced=merges, keep=keep)
+
+    @torch.no_grad()
+    def tabulate(self, condition: ForestCondition) -> LatentTable:
+        """q of a shape is the sum over all orders in which it can be made.
+
+        Raises UserError for labelled trees and for sentences of more than `TABULATED_WORDS` words.
+        """
+        batch, length = condition.sentences.words.shape
+        if self.labelled:
+            raise UserError("latent=labelled has too many trees to list them all: use latent=shape")
+        if length > TABULATED_WORDS:
+            raise UserError(
+                f"sentences of {length} words have too many trees to list them all: use "
+                f"data.max_length={TABULATED_WORDS}"
+            )
+        gap = torch.arange(length - 1, device=condition.lengths.device)
+        every = torch.tensor(list(permutations(range(length - 1))), device=gap.device)
+        exists = gap < (condition.lengths - 1)[:, None, None]
+        time = torch.where(exists, every, LATER)
+        merges = Merges.of(time.flatten(0, 1), None)
+        keep = torch.full_like(merges.gaps[:, 0], length)
+        paths = self._roll(condition, len(every), forced=merges, keep=keep)
+        trees: Trees = paths.z
+        # A short sentence's orders are those that leave the gaps that it lacks to the end.
+        is_order = (exists | (every == gap)).all(-1)
+        log_forward = torch.where(is_order, paths.log_forward.sum(0), -torch.inf)
+        same = trees.same_shapes()
+        log_q = torch.where(same, log_forward[:, None], -torch.inf).logsumexp(-1)
+        is_first = same.int().argmax(-1) == torch.arange(len(every), device=gap.device)
+        return LatentTable(
+            torch.where(is_first, paths.log_joint, -torch.inf),
+            torch.where(is_first, log_q, -torch.inf),
+        )
 
     @torch.no_grad()
     def regrow(

@@ -132,13 +132,16 @@ class Trees:
             labels,
         )
 
-    def distinct_shapes(self) -> Int[Tensor, "batch"]:
-        """How many different unlabelled trees each sentence has among its samples."""
+    def same_shapes(self) -> Bool[Tensor, "batch samples samples"]:
+        """Which of a sentence's samples are the same unlabelled tree."""
         # Gap by gap, the span of a node is start and end; equal trees agree in all of them.
-        same = ((self.start[:, :, None] == self.start[:, None]).all(-1)) & (
+        return ((self.start[:, :, None] == self.start[:, None]).all(-1)) & (
             (self.end[:, :, None] == self.end[:, None]).all(-1)
         )
-        first = same.int().argmax(-1)
+
+    def distinct_shapes(self) -> Int[Tensor, "batch"]:
+        """How many different unlabelled trees each sentence has among its samples."""
+        first = self.same_shapes().int().argmax(-1)
         return (first == torch.arange(first.shape[1], device=first.device)).sum(-1)
 
     def spans(self, sentence: int, sample: int = 0) -> frozenset[tuple[int, int]]:

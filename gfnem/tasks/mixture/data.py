@@ -59,6 +59,7 @@ class PointData:
         closed form want.
     seed: of the order of the training points.
     name: of the source.
+    means: of the superclusters that the points were drawn from; None where nobody knows.
     """
 
     def __init__(
@@ -69,11 +70,13 @@ class PointData:
         batch_size: int | None = None,
         seed: int = 0,
         name: str = "points",
+        means: Float[Tensor, "superclusters dimensions"] | None = None,
     ):
         self.train, self.valid, self.test = train, valid, test
         self.batch_size = batch_size
         self.seed = seed
         self.name = name
+        self.means = means
 
     def split(self, name: SplitName) -> Points:
         return {"train": self.train, "valid": self.valid, "test": self.test}[name]
@@ -111,6 +114,7 @@ def sampled(
     superclusters: int = 4,
     petals: int = 4,
     dimensions: int = 2,
+    spacing: float = 2 * math.sqrt(2),
     train_points: int = 4000,
     valid_points: int = 1000,
     test_points: int = 1000,
@@ -120,6 +124,9 @@ def sampled(
     """Points drawn from a hierarchical mixture whose superclusters have the means `lattice`.
 
     superclusters, petals, dimensions: of the mixture.
+    spacing: of the superclusters, in multiples of the petals' distance from their middle. With four
+        petals and sqrt(2), petals of neighbours lie on top of each other: p(z | x) has up to four
+        modes, which are equally good.
     train_points, valid_points, test_points: how many.
     batch_size: of the training batches; None for one batch of all points.
     seed: of the points and of the order of the training points.
@@ -135,32 +142,35 @@ def sampled(
         ("test_points", test_points, 1),
     ):
         _check_least(name, value, least)
+    if not spacing > 0:
+        raise UserError(f"data.spacing is {spacing}; it must be positive")
     _check_batch_size(batch_size)
     generator = torch.Generator().manual_seed(seed)
     count = train_points + valid_points + test_points
-    mean = lattice(superclusters, dimensions)[
-        torch.randint(superclusters, (count,), generator=generator)
-    ]
+    means = lattice(superclusters, dimensions, spacing)
+    mean = means[torch.randint(superclusters, (count,), generator=generator)]
     offset = petal_offsets(petals, dimensions)[torch.randint(petals, (count,), generator=generator)]
     values = mean + offset + DEVIATION * torch.randn(count, dimensions, generator=generator)
     train, valid, test = map(
         Points.numbered, values.split([train_points, valid_points, test_points])
     )
-    return PointData(train, valid, test, batch_size, seed, "sampled")
+    return PointData(train, valid, test, batch_size, seed, "sampled", means)
 
 
-def lattice(superclusters: int, dimensions: int) -> Float[Tensor, "superclusters dimensions"]:
+def lattice(
+    superclusters: int, dimensions: int, spacing: float = 2 * math.sqrt(2)
+) -> Float[Tensor, "superclusters dimensions"]:
     """The true means of `sampled`: on a square lattice in the first two dimensions, row by row,
     with the origin in its middle.
 
-    Its spacing, 2 sqrt(2), makes one regular lattice of all components where there are four petals:
+    A spacing of 2 sqrt(2) makes one regular lattice of all components where there are four petals:
     which petals belong together cannot be seen from any pair of them.
     """
     side = math.ceil(math.sqrt(superclusters))
     number = torch.arange(superclusters)
     means = torch.zeros(superclusters, dimensions)
-    means[:, 0] = (number % side) * 2 * math.sqrt(2)
-    means[:, 1] = (number // side) * 2 * math.sqrt(2)
+    means[:, 0] = (number % side) * spacing
+    means[:, 1] = (number // side) * spacing
     return means - means.mean(0)
 
 

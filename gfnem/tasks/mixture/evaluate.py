@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, cast
 
+from gfnem import divergences
 from gfnem.em import Metrics
 from gfnem.errors import UserError
+from gfnem.gradients import gradient_noise
 from gfnem.inference import device_of, inference
 from gfnem.model import LatentVariableModel
 from gfnem.posterior import Posterior
@@ -38,6 +40,9 @@ class MixtureEvaluator:
     nll: the same with the other sign.
     elbo: E_q[log p(x, z) - log q(z | x)].
     posterior_gap: log p(x) - elbo.
+    kl_p_q, kl_q_p, modes, modes_covered: see `gfnem.divergences`; with `divergences`.
+    train/gradient_variance, train/gradient_noise: of E-steps on the first training batch, see
+        `gfnem.gradients`; with `gradient_e_steps`.
 
     Evaluations on the validation split also say where the superclusters are, in the first two
     dimensions: `means/0_x`, `means/0_y`, `means/1_x`, ...
@@ -46,6 +51,8 @@ class MixtureEvaluator:
     samples: draws of q for each point.
     select: what is minimised on the validation split: "likelihood" (nll) or "posterior_gap", for a
         model that is not trained.
+    divergences: whether to list q(z | x) of every z.
+    gradient_e_steps: E-steps whose gradients are compared; None for none.
     """
 
     def __init__(
@@ -53,6 +60,8 @@ class MixtureEvaluator:
         data: PointData,
         samples: int = 16,
         select: Literal["likelihood", "posterior_gap"] = "likelihood",
+        divergences: bool = False,
+        gradient_e_steps: int | None = None,
     ):
         if samples < 1:
             raise UserError(f"evaluator.samples is {samples}; it must be at least 1")
@@ -60,6 +69,8 @@ class MixtureEvaluator:
             raise UserError(f"evaluator.select is {select!r}; use 'likelihood' or 'posterior_gap'")
         self.data = data
         self.samples = samples
+        self.divergences = divergences
+        self.gradient_e_steps = gradient_e_steps
         self.selection = "valid/nll" if select == "likelihood" else "valid/posterior_gap"
 
     def __call__(
@@ -70,6 +81,7 @@ class MixtureEvaluator:
         with inference(model, posterior):
             log_likelihood = float(model.log_likelihood(x).double().mean())
             log_weights = posterior.sample(model, x, self.samples).log_weights
+            exact = divergences.rate(model, posterior, x) if self.divergences else {}
         assert log_weights is not None
         elbo = float(log_weights.double().mean())
         metrics = {
@@ -77,7 +89,12 @@ class MixtureEvaluator:
             f"{split}/nll": -log_likelihood,
             f"{split}/elbo": elbo,
             f"{split}/posterior_gap": log_likelihood - elbo,
+            **{f"{split}/{name}": float(values.mean()) for name, values in exact.items()},
         }
+        if self.gradient_e_steps is not None:
+            batch = self.data.train_batches(0)[0].to(device_of(model))
+            of_gradients = gradient_noise(model, posterior, batch, self.gradient_e_steps)
+            metrics |= {f"train/{name}": value for name, value in of_gradients.items()}
         if split == "valid":
             for number, mean in enumerate(model.means[:, :2].tolist()):
                 metrics |= {f"means/{number}_{a}": v for a, v in zip(AXES, mean, strict=True)}

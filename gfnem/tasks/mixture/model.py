@@ -128,18 +128,22 @@ def starting_at(
     data: PointData,
     superclusters: int = 4,
     petals: int = 4,
-    start: Literal["normal", "points"] = "normal",
+    start: Literal["normal", "points", "truth"] = "normal",
 ) -> HierarchicalMixture:
     """A mixture for some data.
 
-    start: of the superclusters' means: "normal", close together in the middle of the data, or
-        "points", at training points drawn without replacement. Torch's random numbers say where.
+    start: of the superclusters' means: "normal", close together in the middle of the data;
+        "points", at training points drawn without replacement, torch's random numbers say where, as
+        for "normal"; or "truth", where they were when the data was drawn.
 
-    Raises UserError for an option out of its range.
+    Raises UserError for an option out of its range, and for "truth" where it is unknown or of
+    another number of superclusters.
     """
     values = data.train.values
-    if start not in ("normal", "points"):
-        raise UserError(f"model.start is {start!r}; use 'normal' or 'points'")
+    if start not in ("normal", "points", "truth"):
+        raise UserError(f"model.start is {start!r}; use 'normal', 'points' or 'truth'")
+    if start == "truth":
+        return _truth(data, superclusters, petals)
     if start == "points" and superclusters > len(values):
         raise UserError(
             f"model.superclusters is {superclusters}; with model.start=points it can be at most "
@@ -153,3 +157,18 @@ def starting_at(
         noise = torch.randn(superclusters, values.shape[1]).to(values)
         means = data.center + START_SCALE * data.spread * noise
     return HierarchicalMixture(means, petals)
+
+
+def _truth(data: PointData, superclusters: int, petals: int) -> HierarchicalMixture:
+    if data.means is None:
+        raise UserError(
+            f"model.start=truth: nobody knows what {data.name} was drawn from; use data=sampled"
+        )
+    if len(data.means) != superclusters:
+        raise UserError(
+            f"model.superclusters is {superclusters}, but model.start=truth has {len(data.means)}: "
+            "take as many as data.superclusters"
+        )
+    model = HierarchicalMixture(data.means, petals)
+    model.is_truth = True
+    return model

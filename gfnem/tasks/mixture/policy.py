@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gfnem.categorical import sample_categorical
 from gfnem.errors import UserError
 from gfnem.objectives import ScoredTrajectories
+from gfnem.posterior import LatentTable
 from gfnem.posteriors.gflownet import (
     ON_POLICY,
     Behaviour,
@@ -143,6 +144,13 @@ class MixturePolicy(Policy):
 
     def retrace(self, condition: MixtureCondition, z: Components) -> Paths:
         return self._paths(condition, z.index)
+
+    @torch.no_grad()
+    def tabulate(self, condition: MixtureCondition) -> LatentTable:
+        parts = map(torch.arange, (self.superclusters, self.petals))
+        index = torch.cartesian_prod(*parts).to(condition.x.ids.device)
+        paths = self._paths(condition, index.expand(len(condition.x), -1, -1))
+        return LatentTable(paths.log_joint, paths.log_forward.sum(0))
 
     def log_forward(
         self, condition: MixtureCondition, z: Components

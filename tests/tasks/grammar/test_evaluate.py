@@ -73,11 +73,10 @@ def tree_of(words: list[str], spans: oracle.Shape):
 class FixedGrammar(ParsingModel):
     def __init__(self, grammar: Grammar):
         super().__init__()
-        self.latent = "shape"
-        self.rules = grammar
+        self.fixed = grammar
 
     def grammar(self) -> Grammar:
-        return self.rules
+        return self.fixed
 
     def sample(self, n, generator=None):
         raise NotImplementedError
@@ -396,7 +395,7 @@ def test_report_shows_parses_beside_gold_and_f1_beside_trivial_trees(tmp_path):
     run = Run.create(tmp_path / "run", {})
     run.log({"valid/nll_per_token": 2.0, "valid/right_exact_edge": 0.5}, {"train/m_steps": 1})
     evaluator = GrammarEvaluator(data, samples=2)
-    model.rules = oracle.random_grammar(nonterminals=2, preterminals=1, vocabulary=5)
+    model.fixed = oracle.random_grammar(nonterminals=2, preterminals=1, vocabulary=5)
     metrics = evaluator(model, posterior, "test", final=True)
     evaluator.report(model, posterior, run)
     assert {path.stem for path in (run.path / "plots").iterdir()} == {

@@ -525,3 +525,31 @@ def test_flow_parameters_are_those_of_the_flows():
 def test_arguments_that_make_no_policy(kind, options, message):
     with pytest.raises(UserError, match=message):
         make_policy(kind, **{"latent": "shape", **options})
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+def test_the_table_has_every_shape(kind: str):
+    """Short sentences are padded, and have fewer trees."""
+    _, policy, x, condition = setting(kind, "shape", "uniform", noise=1.0)
+    table = policy.tabulate(condition)
+    assert not table.log_q.requires_grad
+    env: Any = policy.trajectories(condition, policy.sample(condition, 1)).env
+    forward: Any = policy.estimators()[0]
+    for row, length in enumerate(LENGTHS):
+        log_joint: Any = oracle.enumerate_shapes(GRAMMAR, words_of(x, row))
+        ends = StateGraph.of(env, length, row).ends(forward)
+        expected = sorted((log_joint[tree], log(q)) for tree, q in ends.items())
+        exists = table.log_q[row].isfinite()
+        assert exists.equal(table.log_joint[row].isfinite())
+        found = torch.stack([table.log_joint[row, exists], table.log_q[row, exists]], 1)
+        torch.testing.assert_close(torch.tensor(sorted(found.tolist())), torch.tensor(expected))
+
+
+def test_what_is_too_much_for_a_table_is_refused():
+    _, policy, _, condition = setting("light", "labelled", "uniform")
+    with pytest.raises(UserError, match="^latent=labelled has too many trees to list them all"):
+        policy.tabulate(condition)
+    _, policy, _, condition = setting("light", "shape", "uniform", [3, 7])
+    message = "^sentences of 7 words have too many trees to list them all: use data.max_length=6$"
+    with pytest.raises(UserError, match=message):
+        policy.tabulate(condition)

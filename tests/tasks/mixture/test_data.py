@@ -54,6 +54,20 @@ def test_lattices_and_petals_of_other_sizes():
     assert data.test.ids.tolist() == [0]
 
 
+def test_petals_of_neighbours_can_coincide():
+    """Four superclusters sqrt(2) apart: 16 petals at 9 places, 4 of them in the middle."""
+    data = sampled(spacing=sqrt(2), train_points=3000)
+    assert data.means is not None
+    centers = (data.means[:, None] + petal_offsets(4, 2)).flatten(0, 1).numpy().round(4) + 0.0
+    places, count = np.unique(centers, axis=0, return_counts=True)
+    assert sorted(count) == [1, 1, 1, 1, 2, 2, 2, 2, 4]
+    assert places[count == 4].tolist() == [[0, 0]]
+    distance = np.abs(data.train.values.numpy()[:, None] - places).max(-1)
+    # Each place has as many points as petals.
+    near = np.bincount(distance.argmin(1), minlength=9) / 3000
+    np.testing.assert_allclose(near, count / 16, atol=0.03)
+
+
 def test_points_depend_on_the_seed_alone():
     one, same, other = (sampled(train_points=20, seed=seed) for seed in (0, 0, 1))
     for split in SPLITS:
@@ -151,6 +165,7 @@ def test_files_that_hold_no_points(name, make, message, tmp_path: Path):
         (sampled, {"train_points": 0}, "data.train_points is 0; it must be at least 1"),
         (sampled, {"valid_points": 0}, "data.valid_points is 0; it must be at least 1"),
         (sampled, {"test_points": 0}, "data.test_points is 0; it must be at least 1"),
+        (sampled, {"spacing": 0.0}, "data.spacing is 0.0; it must be positive"),
         (sampled, {"batch_size": 0}, "data.batch_size is 0; it must be at least 1"),
         (points, {"file": "a.csv", "batch_size": 0}, "data.batch_size is 0; it must be at least 1"),
         (

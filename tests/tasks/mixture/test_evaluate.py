@@ -8,6 +8,7 @@ import torch
 from matplotlib.colors import same_color
 
 from gfnem.errors import UserError
+from gfnem.gradients import gradient_noise
 from gfnem.posteriors.exact import ExactPosterior
 from gfnem.posteriors.gflownet import GFlowNetPosterior
 from gfnem.run import Run
@@ -77,6 +78,28 @@ def test_a_fixed_model_is_selected_by_the_gap():
     evaluator = MixtureEvaluator(make_data(), select="posterior_gap")
     metrics = evaluator(make_model(), GFlowNetPosterior(make_policy()), "valid")
     assert evaluator.selection == "valid/posterior_gap" and evaluator.selection in metrics
+
+
+def test_divergences_and_noise_are_told_where_they_are_asked_for():
+    data, model, policy = make_data(), make_model(), make_policy()
+    posterior = GFlowNetPosterior(policy)
+    metrics = MixtureEvaluator(data, divergences=True, gradient_e_steps=3)(model, posterior, "test")
+    p = log_joint_table(model, data.test).softmax(-1).double()
+    q = torch.tensor([list(of_x.values()) for of_x in q_tables(policy, model, data.test)])
+    kl = (p * (p / q).log()).sum(-1).mean(), (q * (q / p).log()).sum(-1).mean()
+    assert metrics["test/kl_p_q"] == pytest.approx(float(kl[0]), abs=1e-6)
+    assert metrics["test/kl_q_p"] == pytest.approx(float(kl[1]), abs=1e-6)
+    assert 1 <= metrics["test/modes"] < 12 and 0 <= metrics["test/modes_covered"] <= 1
+    torch.manual_seed(0)
+    expected = gradient_noise(model, posterior, data.train, 3)
+    assert expected.keys() == {"gradient_variance", "gradient_noise"}
+    assert {f"train/{name}" for name in expected} <= metrics.keys()
+    assert metrics["train/gradient_variance"] > 0
+    plain = MixtureEvaluator(data)(model, posterior, "test")
+    assert metrics.keys() - plain.keys() == {
+        *(f"test/{name}" for name in ("kl_p_q", "kl_q_p", "modes", "modes_covered")),
+        *(f"train/{name}" for name in expected),
+    }
 
 
 def test_report_draws_all_pictures(tmp_path):

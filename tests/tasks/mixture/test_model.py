@@ -13,7 +13,7 @@ from torch import Tensor
 from gfnem.errors import UserError
 from gfnem.posterior import Latents
 from gfnem.tasks.mixture.components import Components
-from gfnem.tasks.mixture.data import PointData, Points
+from gfnem.tasks.mixture.data import PointData, Points, lattice, sampled
 from gfnem.tasks.mixture.model import HierarchicalMixture, starting_at
 from tests.tasks.mixture.tiny import (
     components,
@@ -141,6 +141,16 @@ def test_means_start_where_they_are_told():
             assert (means.mean(0) - data.center).abs().max() < 0.1
 
 
+def test_a_mixture_may_begin_at_the_truth_of_its_data():
+    data = sampled(superclusters=3, train_points=3)
+    model = starting_at(data, 3, 4, "truth")
+    assert model.is_truth and model.means.equal(lattice(3, 2))
+    assert not starting_at(data, 3, 4, "points").is_truth
+    message = "^model.superclusters is 2, but model.start=truth has 3: take as many as data.super"
+    with pytest.raises(UserError, match=message):
+        starting_at(data, 2, 4, "truth")
+
+
 def test_the_start_is_kept_where_the_means_move():
     model = make_model()
     before = model.start.clone()
@@ -156,7 +166,11 @@ def test_the_start_is_kept_where_the_means_move():
     [
         ({"superclusters": 0}, "model.superclusters is 0; it must be at least 1"),
         ({"petals": 0}, "model.petals is 0; it must be at least 1"),
-        ({"start": "here"}, "model.start is 'here'; use 'normal' or 'points'"),
+        ({"start": "here"}, "model.start is 'here'; use 'normal', 'points' or 'truth'"),
+        (
+            {"start": "truth"},
+            "model.start=truth: nobody knows what points was drawn from; use data=sampled",
+        ),
         (
             {"superclusters": 13, "start": "points"},
             "model.superclusters is 13; with model.start=points it can be at most 12, the number "

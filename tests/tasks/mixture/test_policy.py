@@ -319,3 +319,12 @@ def test_select_and_where_of_latents():
 def test_a_width_that_makes_no_policy():
     with pytest.raises(UserError, match="^policy.width is 0; it must be at least 1$"):
         MixturePolicy(make_data(), width=0)
+
+
+def test_the_table_has_every_component():
+    model, policy, x = make_model(), make_policy(), points(6)
+    table = policy.tabulate(policy.condition(model, x))
+    assert not table.log_q.requires_grad
+    torch.testing.assert_close(table.log_joint, log_joint_table(model, x).to(table.log_joint))
+    q = torch.tensor([list(of_x.values()) for of_x in q_tables(policy, model, x)])
+    torch.testing.assert_close(table.log_q.exp(), q)
