@@ -1,0 +1,84 @@
+"""Markov chains over parse trees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from gfnem.errors import UserError
+from gfnem.model import LatentVariableModel
+from gfnem.posteriors.mcmc import Moves
+from gfnem.tasks.grammar.data import Sentences
+from gfnem.tasks.grammar.messages import log_joint_shape, sample_labels
+from gfnem.tasks.grammar.model import ParsingModel
+from gfnem.tasks.grammar.potentials import Potentials
+from gfnem.tasks.grammar.tree import Trees
+
+
+@dataclass(frozen=True)
+class ParsingCondition:
+    """A batch of sentences as the chains see it.
+
+    labelled: whether z has labels.
+    """
+
+    potentials: Potentials
+    labelled: bool
+
+
+class Rotations(Moves):
+    """Metropolis-Hastings over shapes; a proposal rotates one of a tree's edges.
+
+    A tree over n words has n - 2 edges between internal nodes, whatever its shape, and a rotation
+    is undone by rotating the edge that it leaves. So an edge drawn uniformly is as likely to lead
+    there as back, and the acceptance is min(1, p(x, z') / p(x, z)), labels summed out. Labels, if z
+    has any, are drawn from p(labels | shape, x) where a walk ends, whatever they were before: a
+    move of the shape that leaves p(shape | x) as it is and this draw together leave p(z | x) as it
+    is. Chains begin at `Trees.random`.
+
+    A state is the sizes of a tree's nodes, gap by gap: gaps merged in their order give it again.
+    """
+
+    def condition(self, model: LatentVariableModel, x: Sentences) -> ParsingCondition:
+        if not isinstance(model, ParsingModel):
+            raise UserError(
+                f"posterior=mcmc rotates trees of a context-free grammar, which "
+                f"{type(model).__name__} is not: use posterior=gflownet"
+            )
+        return ParsingCondition(model.potentials(x), model.latent == "labelled")
+
+    def begin(self, condition: ParsingCondition, chains: int) -> Int[Tensor, "batch chains nodes"]:
+        return Trees.random(condition.potentials.lengths, chains).sizes
+
+    def walk(
+        self, condition: ParsingCondition, state: Int[Tensor, "batch chains nodes"], steps: int
+    ) -> Int[Tensor, "batch chains nodes"]:
+        potentials = condition.potentials
+        trees = Trees.from_merge_times(state, potentials.lengths)
+        log_joint = log_joint_shape(potentials, trees)
+        for _ in range(steps):
+            proposed = trees.rotate(_random_inner(trees))
+            log_proposed = log_joint_shape(potentials, proposed)
+            # From a tree of probability zero, where a chain may begin, all are better.
+            log_accept = (log_proposed - log_joint).where(log_joint.isfinite(), 0.0)
+            accept = torch.rand_like(log_accept).log() < log_accept
+            trees = proposed.where(accept, trees)
+            log_joint = log_proposed.where(accept, log_joint)
+        return trees.sizes
+
+    def latents(
+        self, condition: ParsingCondition, state: Int[Tensor, "batch chains nodes"]
+    ) -> Trees:
+        trees = Trees.from_merge_times(state, condition.potentials.lengths)
+        return sample_labels(condition.potentials, trees) if condition.labelled else trees
+
+
+def _random_inner(trees: Trees) -> Int[Tensor, "batch samples"]:
+    """A node of each tree that has a parent, or any where none has."""
+    sizes = trees.sizes
+    has_parent = trees.exists & (sizes < trees.lengths[:, None, None] - 1)
+    noise = torch.rand(sizes.shape, device=sizes.device)
+    return noise.where(has_parent, -1.0).argmax(-1)
