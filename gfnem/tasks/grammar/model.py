@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gfnem.categorical import sample_categorical
 from gfnem.errors import UserError
 from gfnem.posteriors.exact import TractableModel
+from gfnem.posteriors.importance import PriorModel
 from gfnem.tasks.grammar import inside
 from gfnem.tasks.grammar.data import Sentences
 from gfnem.tasks.grammar.messages import log_joint_labelled, log_joint_shape
@@ -19,7 +20,7 @@ from gfnem.tasks.grammar.potentials import Grammar, Potentials
 from gfnem.tasks.grammar.tree import Trees
 
 
-class ParsingModel(TractableModel):
+class ParsingModel(TractableModel, PriorModel):
     """A context-free grammar p(x, z) over sentences and their binary trees.
 
     Latents are `Trees`: with labels z is a labelled tree, without labels a shape, whose labels
@@ -37,10 +38,7 @@ class ParsingModel(TractableModel):
         return Potentials.of(self.grammar(), x.words, x.lengths)
 
     def log_joint(self, x: Sentences, z: Trees) -> Float[Tensor, "batch samples"]:
-        potentials = self.potentials(x)
-        if z.labels is None:
-            return log_joint_shape(potentials, z)
-        return log_joint_labelled(potentials, z)
+        return _log_joint(self.potentials(x), z)
 
     def log_likelihood(self, x: Sentences) -> Float[Tensor, "batch"]:
         return inside.log_partition(self.potentials(x))
@@ -48,6 +46,26 @@ class ParsingModel(TractableModel):
     def sample_posterior(self, x: Sentences, samples: int) -> Trees:
         with torch.no_grad():
             return inside.sample(self.potentials(x), samples, labelled=self.latent == "labelled")
+
+    @torch.no_grad()
+    def sample_prior(
+        self, x: Sentences, samples: int
+    ) -> tuple[Trees, Float[Tensor, "batch samples"]]:
+        """Trees from p(z | length of x), the words summed out."""
+        grammar = self.grammar()
+        # In place of the vocabulary one word, which every preterminal is sure to give.
+        any_word = grammar.emission.new_zeros(grammar.preterminals, 1)
+        potentials = Potentials.of(
+            Grammar(grammar.root, grammar.binary, any_word), torch.zeros_like(x.words), x.lengths
+        )
+        z = inside.sample(potentials, samples, labelled=self.latent == "labelled")
+        return z, _log_joint(potentials, z) - inside.log_partition(potentials)[:, None]
+
+
+def _log_joint(potentials: Potentials, z: Trees) -> Float[Tensor, "batch samples"]:
+    if z.labels is None:
+        return log_joint_shape(potentials, z)
+    return log_joint_labelled(potentials, z)
 
 
 class Residual(nn.Module):
