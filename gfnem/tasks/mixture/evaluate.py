@@ -36,8 +36,8 @@ class MixtureEvaluator:
 
     log_likelihood: log p(x), exact.
     nll: the same with the other sign.
-    elbo: E_q[log p(x, z) - log q(z | x)].
-    posterior_gap: log p(x) - elbo.
+    elbo: E_q[log p(x, z) - log q(z | x)]; where the posterior's draws have weights.
+    posterior_gap: log p(x) - elbo; where there is one.
 
     Evaluations on the validation split also say where the superclusters are, in the first two
     dimensions: `means/0_x`, `means/0_y`, `means/1_x`, ...
@@ -70,14 +70,10 @@ class MixtureEvaluator:
         with inference(model, posterior):
             log_likelihood = float(model.log_likelihood(x).double().mean())
             log_weights = posterior.sample(model, x, self.samples).log_weights
-        assert log_weights is not None
-        elbo = float(log_weights.double().mean())
-        metrics = {
-            f"{split}/log_likelihood": log_likelihood,
-            f"{split}/nll": -log_likelihood,
-            f"{split}/elbo": elbo,
-            f"{split}/posterior_gap": log_likelihood - elbo,
-        }
+        metrics = {f"{split}/log_likelihood": log_likelihood, f"{split}/nll": -log_likelihood}
+        if log_weights is not None:
+            elbo = float(log_weights.double().mean())
+            metrics |= {f"{split}/elbo": elbo, f"{split}/posterior_gap": log_likelihood - elbo}
         if split == "valid":
             for number, mean in enumerate(model.means[:, :2].tolist()):
                 metrics |= {f"means/{number}_{a}": v for a, v in zip(AXES, mean, strict=True)}

@@ -10,6 +10,7 @@ from matplotlib.colors import same_color
 from gfnem.errors import UserError
 from gfnem.posteriors.exact import ExactPosterior
 from gfnem.posteriors.gflownet import GFlowNetPosterior
+from gfnem.posteriors.mcmc import MCMC, Gibbs
 from gfnem.run import Run
 from gfnem.tasks.mixture.evaluate import MixtureEvaluator, assignments, ways_of_means
 from tests.tasks.mixture.tiny import (
@@ -78,8 +79,22 @@ def test_a_fixed_model_is_selected_by_the_gap():
     assert evaluator.selection == "valid/posterior_gap" and evaluator.selection in metrics
 
 
-def test_report_draws_all_pictures(tmp_path):
-    posterior = GFlowNetPosterior(make_policy())
+def test_draws_without_weights_have_neither_bound_nor_gap():
+    data, model = make_data(), make_model()
+    metrics = MixtureEvaluator(data)(model, MCMC(Gibbs()), "test", final=True)
+    expected = float(log_joint_table(model, data.test).logsumexp(-1).mean())
+    assert metrics == {
+        "test/log_likelihood": pytest.approx(expected, abs=1e-6),
+        "test/nll": pytest.approx(-expected, abs=1e-6),
+    }
+
+
+@pytest.mark.parametrize(
+    "posterior",
+    [lambda: GFlowNetPosterior(make_policy()), lambda: MCMC(Gibbs())],
+)
+def test_report_draws_all_pictures(posterior, tmp_path):
+    posterior = posterior()
     run, model = Run.create(tmp_path / "run", {}), make_model()
     evaluator = MixtureEvaluator(make_data())
     run.log(evaluator(model, posterior, "valid"), {"train/m_steps": 1})
