@@ -433,7 +433,13 @@ class EM:
         best = True
         if self.evaluator is not None:
             self.latest = self.evaluate("valid")
-            score = self.latest[self.evaluator.selection]
+            selection = self.evaluator.selection
+            if selection not in self.latest:
+                raise UserError(
+                    f"{selection} is to tell which checkpoint is best, but it is not known of this "
+                    f"model with {type(self.posterior).__name__}: use another evaluator.select"
+                )
+            score = self.latest[selection]
             # There is always a best checkpoint, and any score is better than none or NaN.
             best = score < self.best or math.isnan(self.best)
             if best:

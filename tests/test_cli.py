@@ -247,6 +247,50 @@ class TestImages:
         assert Path("drawn.png").exists() and Path("reconstructions.png").exists()
 
 
+POSTERIORS = {
+    "mcmc": ["posterior=mcmc", "posterior.steps=2", "posterior.burn_in=3"],
+    "importance": ["posterior=importance", "posterior.proposals=8"],
+}
+
+
+class TestPosteriorsThatLearnNothing:
+    """The mixture's are in its own tests."""
+
+    @pytest.mark.usefixtures("no_report")
+    @pytest.mark.parametrize("posterior", POSTERIORS)
+    def test_sentences(
+        self,
+        posterior: str,
+        tiny_data: list[str],
+        tiny_run: list[str],
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        options = [*tiny_data, *tiny_run, *POSTERIORS[posterior], "latent=labelled"]
+        assert main([*options, "run_dir=whole"]) == 0
+        assert main([*options, "run_dir=half", "em.m_steps=2"]) == 0
+        assert main(["resume=half", "em.m_steps=4"]) == 0
+        for part in ("model", "posterior"):
+            assert_same(state_of(Path("half"), "last")[part], state_of(Path("whole"), "last")[part])
+        summary = json.loads(Path("whole/summary.json").read_text())
+        assert summary["test/nll_per_token"] > 0
+        assert ("test/posterior_gap" in summary) == (posterior == "importance")
+        Path("sentences.txt").write_text("anna saw boris\n")
+        capsys.readouterr()
+        assert main(["parse", "run=whole", "file=sentences.txt"]) == 0
+        assert Tree.fromstring(capsys.readouterr().out).leaves() == ["anna", "saw", "boris"]
+
+    @pytest.mark.parametrize("posterior", POSTERIORS)
+    def test_images(
+        self, posterior: str, tiny_images: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(DiscreteVAEEvaluator, "report", lambda *arguments: None)
+        options = [option for option in tiny_images if not option.startswith("policy.")]
+        assert main([*options, *POSTERIORS[posterior], "em.m_steps=2", "run_dir=run"]) == 0
+        assert json.loads(Path("run/summary.json").read_text())["test/exact_nll"] > 0
+        assert main(["reconstruct", "run=run"]) == 0
+        assert Path("reconstructions.png").exists()
+
+
 class TestEvaluate:
     def test_prints_the_metrics_of_the_summary(
         self, trained: Path, capsys: pytest.CaptureFixture[str]
@@ -465,6 +509,10 @@ MISTAKES = [
     (["compare", "x", "tracker=no"], "tracker=no: it must be one of files, wandb"),
     (["compare", "x", "tracker.name=x"], "tracker.name=x: it has no effect without tracker=wandb"),
     (["compare", "x", "tracker=wandb", "tracker.mode=on"], "tracker.mode=on is unknown"),
+    (["posterior=mcmc", "posterior.moves=???"], "posterior.moves is missing: give it with"),
+    (["posterior=mcmc", "posterior.burn_in=-1"], "posterior.burn_in is -1; it must not be"),
+    (["posterior=importance", "posterior.proposals=0"], "posterior.proposals is 0; it must be"),
+    (["posterior=mcmc", "policy=light"], "policy has no effect with MCMC"),
     (["resume=nosuch", "-m"], "resume=DIR goes with neither --multirun nor --config-dir"),
 ]
 

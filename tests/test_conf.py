@@ -179,7 +179,19 @@ def test_options_of_gradients_that_no_m_step_follows_are_refused(
     compose([*tiny_mixture, ignored, "posterior.m_step=gradient"])
 
 
-@pytest.mark.parametrize("posterior", ["gflownet", "exact", "mean_field"])
+@pytest.mark.parametrize("task", ["grammar", "discrete_vae", "mixture"])
+def test_how_chains_move_depends_on_the_task(task: str) -> None:
+    moves = {
+        "grammar": "gfnem.tasks.grammar.moves.Rotations",
+        "discrete_vae": "gfnem.tasks.discrete_vae.moves.CodeGibbs",
+        "mixture": "gfnem.posteriors.mcmc.Gibbs",
+    }
+    config = compose([f"task={task}", "posterior=mcmc"])
+    assert config.posterior.moves._target_ == moves[task]
+    assert config.get("policy") is None
+
+
+@pytest.mark.parametrize("posterior", ["gflownet", "exact", "mean_field", "mcmc", "importance"])
 @pytest.mark.parametrize("start", ["normal", "points"])
 def test_the_same_seed_starts_every_posterior_at_the_same_means(
     posterior: str, start: Any, tiny_mixture: list[str]

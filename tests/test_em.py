@@ -707,6 +707,17 @@ def test_best_checkpoint_is_tested(run: Run, scores: list[float], best: int) -> 
     assert run.load_checkpoint("last")["counters"]["m_steps"] == len(scores)
 
 
+def test_a_selection_that_is_no_metric() -> None:
+    evaluator = Rater()
+    evaluator.selection = "valid/posterior_gap"
+    message = (
+        "^valid/posterior_gap is to tell which checkpoint is best, but it is not known of this "
+        "model with Table: use another evaluator.select$"
+    )
+    with pytest.raises(UserError, match=message):
+        EM(Mixture(), Table(), Urn(), 1, evaluator=evaluator).fit()
+
+
 @pytest.mark.parametrize("log_every", [1, 4])
 def test_evaluation_does_not_change_training(tmp_path: Path, log_every: int) -> None:
     logged, trained = [], []

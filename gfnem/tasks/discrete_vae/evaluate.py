@@ -15,6 +15,7 @@ from gfnem.errors import UserError
 from gfnem.inference import device_of, inference, log_mean_exp
 from gfnem.model import LatentVariableModel
 from gfnem.posterior import Posterior
+from gfnem.posteriors.exact import ExactPosterior
 from gfnem.run.progress import Progress
 from gfnem.tasks.discrete_vae.codes import Codes
 from gfnem.tasks.discrete_vae.data import ImageData, Images, SplitName
@@ -59,15 +60,15 @@ class DiscreteVAEEvaluator:
         exact_nll: -log p(x); where all grids of codes can be enumerated.
         nll: estimated by importance sampling, on average from above, with `nll_samples` draws of q
             at `proposal_temperature`, which is the one that gives the best estimate on validation
-            images with as many draws. The same for every posterior but the exact one, which
-            needs none of it.
+            images with as many draws. The same for every posterior with a policy; of others those
+            whose draws have weights estimate it from these, where the grids cannot be enumerated.
         effective_samples: of these draws' importance weights.
         nll_at_temperature_1: the same estimate from q as it is; final only.
         bits_per_dim: exact_nll, or else nll, in bits for each number of an image.
     The posterior:
-        elbo: E_q[log p(x, z) - log q(z | x)].
+        elbo: E_q[log p(x, z) - log q(z | x)]; where the posterior's draws have weights.
         posterior_gap: log p(x) - elbo; where all grids can be enumerated.
-        reconstruction_nll: -log p(x | z) of q's most likely codes, chosen one by one.
+        reconstruction_nll: -log p(x | z) of q's most likely codes; see `most_likely`.
         deterministic_bound: -log p(x, z) of them, for posteriors that are trained with no others.
         codebook_perplexity: exp of the entropy of the codes' frequencies, over all positions and
             `samples` draws of q; codebook_usage: how many of the codes are ever drawn.
@@ -85,6 +86,8 @@ class DiscreteVAEEvaluator:
     temperature_images: validation images that the temperature is chosen on, from the first.
     select: what is minimised on the validation split: "likelihood" (exact_nll, or else nll) or
         "posterior_gap", for a model that is not trained.
+
+    Raises UserError where neither the model nor the posterior gives a likelihood.
     """
 
     def __init__(
@@ -200,7 +203,6 @@ class DiscreteVAEEvaluator:
     ) -> tuple[dict[str, Float[Tensor, "batch"]], Int[Tensor, "batch samples positions"]]:
         """Figures of each image by name, and the codes drawn for it."""
         latents = posterior.sample(model, x, self.samples)
-        assert latents.log_weights is not None
         figures = {}
         log_likelihood = model.log_likelihood(x)
         if log_likelihood is not None:
@@ -215,10 +217,19 @@ class DiscreteVAEEvaluator:
                 if temperature != 1:
                     proposed = log_weights(policy, model, x, samples)
                 figures["nll_at_temperature_1"] = -log_mean_exp(proposed)
-        figures["elbo"] = latents.log_weights.mean(-1)
-        if log_likelihood is not None:
-            figures["posterior_gap"] = log_likelihood - figures["elbo"]
-        best = most_likely(model, posterior, x)
+        elif log_likelihood is None:
+            if latents.log_weights is None:
+                raise UserError(
+                    f"{type(posterior).__name__} draws without weights, and {model.codes} codes on "
+                    f"a grid of {model.grid[0]} x {model.grid[1]} are too many to enumerate, so no "
+                    "likelihood is known: make the grid smaller or use another posterior"
+                )
+            figures["nll"] = -log_mean_exp(latents.log_weights)
+        if latents.log_weights is not None:
+            figures["elbo"] = latents.log_weights.mean(-1)
+            if log_likelihood is not None:
+                figures["posterior_gap"] = log_likelihood - figures["elbo"]
+        best = most_likely(model, posterior, x, latents.z)
         figures["reconstruction_nll"] = -model.log_reconstruction(x, best.index).squeeze(-1)
         if getattr(posterior, "deterministic", False):
             figures["deterministic_bound"] = -model.log_joint(x, best).squeeze(-1)
@@ -248,15 +259,22 @@ class DiscreteVAEEvaluator:
         run.add_figure("posterior_samples", figure)
 
 
-def most_likely(model: DiscreteVAE, posterior: Posterior, x: Images) -> Codes:
-    """q's most likely codes, one grid for each image: chosen code by code, or of all grids where
-    q is the exact posterior.
+def most_likely(
+    model: DiscreteVAE, posterior: Posterior, x: Images, draws: Codes | None = None
+) -> Codes:
+    """q's most likely codes, one grid for each image: chosen code by code where q has a policy, of
+    all grids where it is the exact posterior, of some draws where it is another.
+
+    draws: of q, where they are at hand.
     """
     policy = _policy(posterior)
     if policy is not None:
         return policy.most_likely(policy.condition(model, x))
-    best = model.log_joint_all(x).argmax(-1)
-    return Codes(model.all_codes[best][:, None])
+    if isinstance(posterior, ExactPosterior):
+        best = model.log_joint_all(x).argmax(-1)
+        return Codes(model.all_codes[best][:, None])
+    z: Codes = posterior.sample(model, x, COLUMNS).z if draws is None else draws
+    return z.select(model.log_joint(x, z).argmax(-1, keepdim=True))
 
 
 def reconstructions(model: DiscreteVAE, posterior: Posterior, x: Images) -> Figure:
@@ -281,7 +299,7 @@ def posterior_samples(model: DiscreteVAE, posterior: Posterior, x: Images) -> Fi
     samples = COLUMNS - 1
     with inference(model, posterior):
         drawn = {"x, then E[x | z], z from q(z | x)": posterior.sample(model, x, samples).z}
-        if model.tractable and _policy(posterior) is not None:
+        if model.tractable and not isinstance(posterior, ExactPosterior):
             drawn["x, then E[x | z], z from p(z | x)"] = model.sample_posterior(x, samples)
         return _picture(
             {title: torch.cat([x.pixels, _mean(model, z.index)]) for title, z in drawn.items()}
@@ -303,7 +321,7 @@ def _mean(
 
 
 def _policy(posterior: Posterior) -> GridPolicy | None:
-    """What a posterior draws from; None for the exact one."""
+    """What a posterior draws from; None for one that has no policy."""
     policy = getattr(posterior, "policy", None)
     return policy if isinstance(policy, GridPolicy) else None
 
@@ -311,12 +329,18 @@ def _policy(posterior: Posterior) -> GridPolicy | None:
 def _entropy(
     model: DiscreteVAE, posterior: Posterior, x: Images, samples: int
 ) -> Float[Tensor, "batch"]:
-    """Of q, in nats: estimated from its draws, or exact where q is the exact posterior."""
+    """Of q, in nats: exact where q is the exact posterior, else estimated from draws; by their
+    frequencies, and so too low, where their probabilities are not known.
+    """
     policy = _policy(posterior)
     if policy is not None:
         _, log_q = policy.draw(policy.condition(model, x), samples)
         return -log_q.mean(-1)
-    return torch.special.entr(model.log_joint_all(x).softmax(-1)).sum(-1)
+    if isinstance(posterior, ExactPosterior):
+        return torch.special.entr(model.log_joint_all(x).softmax(-1)).sum(-1)
+    index = posterior.sample(model, x, samples).z.index
+    same = (index[:, :, None] == index[:, None]).all(-1)
+    return -same.double().mean(-1).log().mean(-1)
 
 
 def _distinct(index: Int[Tensor, "batch samples positions"]) -> Int[Tensor, "batch"]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gfnem.errors import UserError
 from gfnem.posteriors.exact import TractableModel
+from gfnem.posteriors.importance import PriorModel
 from gfnem.tasks.discrete_vae.causal import PriorName, prior_named
 from gfnem.tasks.discrete_vae.codes import Codes, distinct
 from gfnem.tasks.discrete_vae.data import Images, Pixels
@@ -29,7 +30,7 @@ MOST_ENUMERATED = 65536
 CHUNK = {"cpu": 128 * 28 * 28 * 32, "cuda": 2048 * 28 * 28 * 128}
 
 
-class DiscreteVAE(TractableModel):
+class DiscreteVAE(TractableModel, PriorModel):
     """p(z) p(x | z), z a grid of entries of a codebook.
 
     The exact likelihood and posterior are there where the codes**(h * w) grids can be enumerated.
@@ -194,6 +195,13 @@ class DiscreteVAE(TractableModel):
         pixels = self.likelihood.sample(self.decode(self.codebook(index)), generator)
         ids = torch.arange(n, device=index.device)
         return Images(pixels, ids), Codes(index[:, None])
+
+    @torch.no_grad()
+    def sample_prior(self, x: Images, samples: int) -> tuple[Codes, Float[Tensor, "batch samples"]]:
+        """The same grids for all images, so that each is decoded once."""
+        index = self.prior.sample(samples)
+        log_prior = self.log_prior(index)
+        return Codes(index.expand(len(x), -1, -1)), log_prior.expand(len(x), -1)
 
     @property
     def tractable(self) -> bool:

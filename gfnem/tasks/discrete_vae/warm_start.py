@@ -34,7 +34,12 @@ class WarmStart(Posterior):
         super().__init__()
         if steps < 1:
             raise UserError(f"warm_start.steps is {steps}; it must be at least 1")
-        policy: Any = then.policy
+        policy: Any = getattr(then, "policy", None)
+        if policy is None:
+            raise UserError(
+                f"warm_start begins with an encoder, and {type(then).__name__} has none to go on "
+                "with: leave warm_start out"
+            )
         self.policy: GridPolicy = policy
         self.start = start(policy)
         self.then = then

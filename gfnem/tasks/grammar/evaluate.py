@@ -343,7 +343,7 @@ def parse(
         else:
             trees, _ = inside.viterbi(model.potentials(x))
         if trees.labels is None and isinstance(model, GrammarModel):
-            trees = model.sample_labels(x, trees)
+            trees = model.sample_labels(model.potentials(x), trees)
     return [trees.to_nltk(sentence, said) for sentence, said in enumerate(words)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gfnem.categorical import sample_categorical
 from gfnem.errors import UserError
 from gfnem.posteriors.exact import TractableModel
+from gfnem.posteriors.importance import PriorModel
 from gfnem.tasks.grammar import inside
 from gfnem.tasks.grammar.data import Sentences
 from gfnem.tasks.grammar.derive import Rules, draw_sentences
@@ -65,15 +66,26 @@ class GrammarModel(TractableModel):
         return x, z
 
     @abstractmethod
+    def potentials(self, x: Sentences) -> Any:
+        """The grammar with the words of a batch summed in, differentiable."""
+
+    @abstractmethod
+    def log_joint_given(self, potentials: Any, z: Trees) -> Float[Tensor, "batch samples"]:
+        """log p(x, z) of the sentences that the potentials were made for."""
+
+    @abstractmethod
+    def sample_labels(self, potentials: Any, z: Trees) -> Trees:
+        """The same trees with nonterminals drawn from the exact p(labels | shape, x)."""
+
+    @abstractmethod
     def span_marginals(self, x: Sentences) -> Float[Tensor, "batch length+1 length+1"]:
         """p(span (start, end) in z | x); 0 for single words."""
 
-    @abstractmethod
-    def sample_labels(self, x: Sentences, z: Trees) -> Trees:
-        """The same trees with nonterminals drawn from the exact p(labels | shape, x)."""
+    def log_joint(self, x: Sentences, z: Trees) -> Float[Tensor, "batch samples"]:
+        return self.log_joint_given(self.potentials(x), z)
 
 
-class ParsingModel(GrammarModel):
+class ParsingModel(GrammarModel, PriorModel):
     """A context-free grammar."""
 
     @abstractmethod
@@ -84,8 +96,7 @@ class ParsingModel(GrammarModel):
         """The grammar with the words of a batch summed in, differentiable."""
         return Potentials.of(self.grammar(), x.words, x.lengths)
 
-    def log_joint(self, x: Sentences, z: Trees) -> Float[Tensor, "batch samples"]:
-        potentials = self.potentials(x)
+    def log_joint_given(self, potentials: Potentials, z: Trees) -> Float[Tensor, "batch samples"]:
         if z.labels is None:
             return log_joint_shape(potentials, z)
         return log_joint_labelled(potentials, z)
@@ -100,9 +111,9 @@ class ParsingModel(GrammarModel):
     def span_marginals(self, x: Sentences) -> Float[Tensor, "batch length+1 length+1"]:
         return inside.span_marginals(self.potentials(x))
 
-    def sample_labels(self, x: Sentences, z: Trees) -> Trees:
-        with torch.no_grad():
-            return sample_labels(self.potentials(x), z)
+    @torch.no_grad()
+    def sample_labels(self, potentials: Potentials, z: Trees) -> Trees:
+        return sample_labels(potentials, z)
 
     def rules(self, generator: torch.Generator | None) -> Rules:
         grammar = self.grammar()
@@ -117,6 +128,21 @@ class ParsingModel(GrammarModel):
             return sample_categorical(emission[preterminal], generator)
 
         return Rules(grammar.root.exp(), expand, emit)
+
+    @torch.no_grad()
+    def sample_prior(
+        self, x: Sentences, samples: int
+    ) -> tuple[Trees, Float[Tensor, "batch samples"]]:
+        """Trees from p(z | length of x), the words summed out."""
+        grammar = self.grammar()
+        # In place of the vocabulary one word, which every preterminal is sure to give.
+        any_word = grammar.emission.new_zeros(grammar.preterminals, 1)
+        potentials = Potentials.of(
+            Grammar(grammar.root, grammar.binary, any_word), torch.zeros_like(x.words), x.lengths
+        )
+        z = inside.sample(potentials, samples, labelled=self.latent == "labelled")
+        log_joint = self.log_joint_given(potentials, z)
+        return z, log_joint - inside.log_partition(potentials)[:, None]
 
 
 def check_positive(**options: int) -> None:

@@ -55,8 +55,9 @@ class AnnotatedModel(GrammarModel):
 
         return Rules(grammar.root.exp(), expand, emit)
 
-    def log_joint(self, x: Sentences, z: Trees) -> Float[Tensor, "batch samples"]:
-        potentials = self.potentials(x)
+    def log_joint_given(
+        self, potentials: AnnotatedPotentials, z: Trees
+    ) -> Float[Tensor, "batch samples"]:
         if z.labels is None:
             return annotated_messages.log_joint_shape(potentials, z)
         return annotated_messages.log_joint_labelled(potentials, z)
@@ -72,9 +73,9 @@ class AnnotatedModel(GrammarModel):
     def span_marginals(self, x: Sentences) -> Float[Tensor, "batch length+1 length+1"]:
         return annotated_inside.span_marginals(self.potentials(x))
 
-    def sample_labels(self, x: Sentences, z: Trees) -> Trees:
-        with torch.no_grad():
-            return annotated_messages.sample_labels(self.potentials(x), z)
+    @torch.no_grad()
+    def sample_labels(self, potentials: AnnotatedPotentials, z: Trees) -> Trees:
+        return annotated_messages.sample_labels(potentials, z)
 
 
 class NeuralNCFG(AnnotatedModel):

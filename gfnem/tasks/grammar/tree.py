@@ -109,6 +109,34 @@ class Trees:
             torch.where(right >= 0, right % nodes, -1),
         )
 
+    def rotate(self, node: Int[Tensor, "batch samples"]) -> Trees:
+        """The shapes that result when a node of each tree takes its parent's place.
+
+        ((A B) C) becomes (A (B C)) and the other way round; the order of the words stays. A root
+        has no parent, and its tree stays as it is.
+        """
+        node = node[..., None]
+        sizes, lengths = self.sizes, self.lengths[:, None, None]
+        # Of the two gaps beside a node's words one is its parent's, and the other one's node, if
+        # there is any, holds both.
+        before = self.start.gather(-1, node) - 1
+        behind = self.end.gather(-1, node) - 1
+        last = sizes.shape[-1] - 1
+        none = sizes.shape[-1] + 1
+        size_before = sizes.gather(-1, before.clamp(min=0)).where(before >= 0, none)
+        size_behind = sizes.gather(-1, behind.clamp(0, last)).where(behind < lengths - 1, none)
+        is_right = size_before < size_behind
+        parent = before.where(is_right, behind).clamp(0, last)
+        start, end = self.start.gather(-1, parent), self.end.gather(-1, parent)
+        middle = node + 1
+        rotated = Trees(
+            self.start.scatter(-1, node, start).scatter(-1, parent, start.where(is_right, middle)),
+            self.end.scatter(-1, node, end).scatter(-1, parent, middle.where(is_right, end)),
+            self.lengths,
+        )
+        has_parent = torch.minimum(size_before, size_behind) < none
+        return rotated.where(has_parent.squeeze(-1), self)
+
     def shapes(self) -> Trees:
         """The same trees without labels."""
         return replace(self, labels=None)

@@ -38,8 +38,8 @@ class MixtureEvaluator:
 
     log_likelihood: log p(x), exact.
     nll: the same with the other sign.
-    elbo: E_q[log p(x, z) - log q(z | x)].
-    posterior_gap: log p(x) - elbo.
+    elbo: E_q[log p(x, z) - log q(z | x)]; where the posterior's draws have weights.
+    posterior_gap: log p(x) - elbo; where there is one.
     kl_p_q, kl_q_p, modes, modes_covered: see `gfnem.divergences`; with `divergences`.
     train/gradient_variance, train/gradient_noise: of E-steps on the first training batch, see
         `gfnem.gradients`; with `gradient_e_steps`.
@@ -82,15 +82,11 @@ class MixtureEvaluator:
             log_likelihood = float(model.log_likelihood(x).double().mean())
             log_weights = posterior.sample(model, x, self.samples).log_weights
             exact = divergences.rate(model, posterior, x) if self.divergences else {}
-        assert log_weights is not None
-        elbo = float(log_weights.double().mean())
-        metrics = {
-            f"{split}/log_likelihood": log_likelihood,
-            f"{split}/nll": -log_likelihood,
-            f"{split}/elbo": elbo,
-            f"{split}/posterior_gap": log_likelihood - elbo,
-            **{f"{split}/{name}": float(values.mean()) for name, values in exact.items()},
-        }
+        metrics = {f"{split}/log_likelihood": log_likelihood, f"{split}/nll": -log_likelihood}
+        if log_weights is not None:
+            elbo = float(log_weights.double().mean())
+            metrics |= {f"{split}/elbo": elbo, f"{split}/posterior_gap": log_likelihood - elbo}
+        metrics |= {f"{split}/{name}": float(values.mean()) for name, values in exact.items()}
         if self.gradient_e_steps is not None:
             batch = self.data.train_batches(0)[0].to(device_of(model))
             of_gradients = gradient_noise(model, posterior, batch, self.gradient_e_steps)

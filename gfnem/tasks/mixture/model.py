@@ -14,6 +14,7 @@ from gfnem.errors import UserError
 from gfnem.model import ClosedFormModel
 from gfnem.posterior import Latents
 from gfnem.posteriors.exact import TractableModel
+from gfnem.posteriors.importance import PriorModel
 from gfnem.posteriors.mean_field import FactorisedModel
 from gfnem.tasks.mixture.components import DEVIATION, Components, petal_offsets
 from gfnem.tasks.mixture.data import PointData, Points
@@ -22,7 +23,7 @@ from gfnem.tasks.mixture.data import PointData, Points
 START_SCALE = 0.25
 
 
-class HierarchicalMixture(TractableModel, ClosedFormModel, FactorisedModel):
+class HierarchicalMixture(TractableModel, ClosedFormModel, FactorisedModel, PriorModel):
     """p(z) uniform over components z = (supercluster i, petal j), p(x | z) normal with mean
     means[i] + offsets[j] and the covariance DEVIATION^2 I.
 
@@ -97,13 +98,27 @@ class HierarchicalMixture(TractableModel, ClosedFormModel, FactorisedModel):
         self.means.copy_(torch.where(total > 0, sums / total, self.means))
 
     @torch.no_grad()
-    def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Points, Components]:
-        device = self.means.device
+    def sample_prior(
+        self, x: Points, samples: int
+    ) -> tuple[Components, Float[Tensor, "batch samples"]]:
+        z = self._uniform(len(x), samples)
+        log_prior = -math.log(self.superclusters * self.petals)
+        return z, self.means.new_full(z.petal.shape, log_prior)
+
+    def _uniform(
+        self, batch: int, samples: int, generator: torch.Generator | None = None
+    ) -> Components:
+        """Draws of the prior."""
         chosen = [
-            torch.randint(values, (n, 1), generator=generator, device=device)
+            torch.randint(values, (batch, samples), generator=generator, device=self.means.device)
             for values in self.parts
         ]
-        z = Components(torch.stack(chosen, -1))
+        return Components(torch.stack(chosen, -1))
+
+    @torch.no_grad()
+    def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Points, Components]:
+        device = self.means.device
+        z = self._uniform(n, 1, generator)
         center = (self.means[z.supercluster] + self.offsets[z.petal])[:, 0]
         noise = torch.randn(center.shape, generator=generator, dtype=center.dtype, device=device)
         return Points(center + DEVIATION * noise, torch.full((n,), -1, device=device)), z

@@ -11,10 +11,17 @@ from gfnem.errors import UserError
 from gfnem.posterior import EStep, Latents, Posterior
 from gfnem.posteriors.exact import ExactPosterior
 from gfnem.posteriors.gflownet import GFlowNetPosterior
+from gfnem.posteriors.importance import ImportancePosterior
+from gfnem.posteriors.mcmc import MCMC
 from gfnem.run import Run
 from gfnem.tasks.discrete_vae.codes import Codes
 from gfnem.tasks.discrete_vae.data import ImageData, Images
-from gfnem.tasks.discrete_vae.evaluate import DiscreteVAEEvaluator, posterior_samples
+from gfnem.tasks.discrete_vae.evaluate import (
+    DiscreteVAEEvaluator,
+    most_likely,
+    posterior_samples,
+)
+from gfnem.tasks.discrete_vae.moves import CodeGibbs
 from gfnem.tasks.discrete_vae.vector_quantized import VectorQuantized
 from tests.tasks.discrete_vae.tiny import (
     all_grids,
@@ -121,6 +128,50 @@ def test_the_exact_posterior_has_the_exact_likelihood_and_no_gap():
     grids = all_grids()[table.argmax(-1)]
     right = [log_reconstruction(model, *pair) for pair in zip(data.test.pixels, grids, strict=True)]
     assert metrics["test/reconstruction_nll"] == pytest.approx(-sum(right) / len(right))
+
+
+def test_draws_without_weights_have_neither_bound_nor_gap():
+    data, model, posterior = make_data(), make_model(), MCMC(CodeGibbs())
+    evaluator = DiscreteVAEEvaluator(data, samples=3)
+    metrics = evaluator(model, posterior, "test", final=True)
+    unknown = {"elbo", "posterior_gap"}
+    assert set(metrics) == named("test", EXACT - unknown) | {"train/exact_nll"}
+    assert evaluator.selection == "valid/exact_nll"
+    nll = -float(log_joint_table(model, data.test).logsumexp(-1).mean())
+    assert metrics["test/exact_nll"] == pytest.approx(nll, abs=1e-10)
+
+
+def test_draws_without_weights_of_a_model_that_is_too_large():
+    message = (
+        "^MCMC draws without weights, and 3 codes on a grid of 4 x 4 are too many to enumerate, so "
+        "no likelihood is known: make the grid smaller or use another posterior$"
+    )
+    with pytest.raises(UserError, match=message):
+        DiscreteVAEEvaluator(make_data())(large_model(), MCMC(CodeGibbs()), "valid")
+
+
+def test_the_bound_of_resampled_draws_is_the_likelihood_where_no_other_is_known():
+    data, posterior = make_data(), ImportancePosterior(proposals=8)
+    metrics = DiscreteVAEEvaluator(data)(make_model(), posterior, "test", final=True)
+    assert set(metrics) == named("test", EXACT) | {"train/exact_nll", "train/posterior_gap"}
+    evaluator = DiscreteVAEEvaluator(data)
+    metrics = evaluator(large_model(), posterior, "test", final=True)
+    unknown = {"exact_nll", "posterior_gap"}
+    assert set(metrics) == named("test", EXACT - unknown, {"nll"}) | {"train/nll"}
+    assert metrics["test/nll"] == pytest.approx(-metrics["test/elbo"])
+    assert evaluator.selection == "valid/nll"
+
+
+def test_the_best_of_its_draws_stands_for_a_posterior_without_a_policy():
+    model, x = make_model(), images(4)
+    index = [[0, 0, 1, 2], [2, 1, 1, 0], [0, 2, 0, 1]]
+    grids = [tuple(grid) for grid in all_grids().tolist()]
+    table = log_joint_table(model, x)[:, [grids.index(tuple(grid)) for grid in index]]
+    best = [[index[chosen]] for chosen in table.argmax(-1).tolist()]
+    draws = Codes(torch.tensor(index).expand(4, -1, -1))
+    assert most_likely(model, Fixed(index), x, draws).index.tolist() == best
+    drawn = most_likely(model, MCMC(CodeGibbs(), burn_in=10), x)
+    assert drawn.index.shape == (4, 1, 4)
 
 
 def test_gap_bound_and_likelihood_are_those_of_enumeration():
@@ -249,7 +300,11 @@ def test_an_unknown_selection_is_refused():
         DiscreteVAEEvaluator(make_data(), select=wrong)
 
 
-@pytest.mark.parametrize("posterior", [gflownet, ExactPosterior])
+def mcmc() -> Any:
+    return MCMC(CodeGibbs(), burn_in=10)
+
+
+@pytest.mark.parametrize("posterior", [gflownet, ExactPosterior, mcmc])
 def test_report_draws_all_pictures(posterior, tmp_path):
     run = Run.create(tmp_path / "run", {})
     run.log({"valid/exact_nll": 2.0}, {"train/m_steps": 1})
@@ -280,7 +335,27 @@ def test_the_report_shows_the_image_with_most_entropy(monkeypatch, tmp_path):
 
 def test_draws_of_the_exact_posterior_stand_under_those_of_another():
     model, x = make_model(), images(1)
-    for posterior, rows in ((gflownet(), 2), (ExactPosterior(), 1)):
+    for posterior, rows in ((gflownet(), 2), (mcmc(), 2), (ExactPosterior(), 1)):
         (axes,) = posterior_samples(model, posterior, x).axes
         assert len(axes.texts) == rows
         assert len(axes.images) == 16 * rows
+
+
+def test_the_report_of_draws_shows_the_image_whose_draws_differ_most(monkeypatch, tmp_path):
+    class Sure(ImportancePosterior):
+        """Of every image but the third."""
+
+        def sample(self, model, x: Images, samples: int) -> Latents:
+            index = torch.arange(samples)[None, :, None].expand(len(x), -1, 4) % 2
+            return Latents(Codes(index * (x.ids == 2)[:, None, None]), torch.zeros(len(x), samples))
+
+    shown = []
+
+    def show(model, posterior, x):
+        shown.append(x.ids.tolist())
+        return posterior_samples(model, posterior, x)
+
+    monkeypatch.setattr("gfnem.tasks.discrete_vae.evaluate.posterior_samples", show)
+    evaluator = DiscreteVAEEvaluator(make_data(), batch_size=2)
+    evaluator.report(make_model(), Sure(), Run.create(tmp_path / "run", {}))
+    assert shown == [[2]]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from math import exp
 from typing import Any
 
 import pytest
@@ -210,6 +211,19 @@ def test_draws_of_codes_and_images(prior):
         of_grid = x.pixels[(index == grid).all(-1)]
         error = (mean * (1 - mean) / len(of_grid)).sqrt()
         assert ((of_grid.mean(0) - mean).abs() < 4.5 * error).all()
+
+
+@every_prior
+def test_prior_draws_are_the_same_for_all_images(prior):
+    model, samples = make_model(prior=prior, grid=(1, 2)), 10_000
+    torch.manual_seed(0)
+    z, log_p = model.sample_prior(images(3), samples)
+    assert (z.index == z.index[:1]).all() and (log_p == log_p[:1]).all()
+    expected = {tuple(grid.tolist()): log_prior(model, grid) for grid in all_grids(2)}
+    probability = {grid: exp(value) for grid, value in expected.items()}
+    assert p_value(counts(z.index[0]), probability) > 1e-3
+    drawn = [expected[tuple(grid)] for grid in z.index[0, :50].tolist()]
+    assert log_p[0, :50].tolist() == pytest.approx(drawn)
 
 
 @pytest.mark.parametrize("pixels", ["grey", "rgb"])

@@ -12,6 +12,7 @@ from torch import Tensor
 from gfnem.em import EM
 from gfnem.errors import UserError
 from gfnem.posterior import Posterior
+from gfnem.posteriors.exact import ExactPosterior
 from gfnem.posteriors.gflownet import GFlowNetPosterior
 from gfnem.posteriors.refinement import Thinning
 from gfnem.tasks.discrete_vae import warm_start as module
@@ -159,6 +160,9 @@ def test_a_run_goes_on_where_it_stopped(start, stop):
 def test_arguments_that_make_no_warm_start():
     with pytest.raises(UserError, match="^warm_start.steps is 0; it must be at least 1$"):
         make("vq", steps=0)
+    message = "^warm_start begins with an encoder, and ExactPosterior has none to go on with: leave"
+    with pytest.raises(UserError, match=message):
+        WarmStart(VectorQuantized, ExactPosterior())
 
 
 def test_a_gumbel_start_leaves_the_correction_at_zero():

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
-from collections import Counter
-from math import exp, sqrt
+from collections import Counter, defaultdict
+from itertools import product
+from math import exp, log, sqrt
 from typing import Any
 
 import pytest
@@ -12,8 +13,11 @@ from gfnem.tasks.grammar.data import Sentences
 from gfnem.tasks.grammar.model import NeuralPCFG
 from gfnem.tasks.grammar.potentials import Grammar
 from tests.tasks.grammar import oracle
+from tests.tasks.grammar.oracle import tree_at
 from tests.tasks.grammar.tiny import (
+    LATENTS,
     count_trees,
+    enumerate_trees,
     every_shape,
     float64,  # noqa: F401
     p_value,
@@ -138,6 +142,25 @@ def test_sampled_trees_have_the_frequencies_of_their_posterior():
         trees = Counter(oracle.tree_at(z, index) for index in same)
         exact = oracle.posterior(oracle.enumerate_labelled(grammar, words))
         assert p_value(trees, exact) > 1e-3
+
+
+@pytest.mark.parametrize("latent", LATENTS)
+def test_prior_draws_have_the_frequencies_of_trees_of_their_length_over_all_sentences(latent):
+    model, lengths, samples = neural_pcfg(latent=latent), [4, 2, 3], 5_000
+    grammar = rules_of(model)
+    torch.manual_seed(0)
+    z, log_prior = model.sample_prior(sentences(lengths, VOCABULARY), samples)
+    assert (z.labels is None) == (latent == "shape") and log_prior.shape == (3, samples)
+    for index, length in enumerate(lengths):
+        joint: defaultdict[Any, float] = defaultdict(float)
+        for words in product(range(VOCABULARY), repeat=length):
+            for tree, value in enumerate_trees(grammar, words, latent).items():
+                joint[tree] += exp(value)
+        p = {tree: value / sum(joint.values()) for tree, value in joint.items()}
+        assert p_value(count_trees(z, index), p) > 1e-3
+        for sample in range(20):
+            tree = z.spans(index, sample) if latent == "shape" else tree_at(z, index, sample)
+            assert float(log_prior[index, sample]) == pytest.approx(log(p[tree]))
 
 
 def test_posterior_samples_have_the_frequencies_of_the_posterior():

@@ -42,6 +42,47 @@ def test_all_merge_orders_give_all_trees(length, catalan):
     assert trees.distinct_shapes().tolist() == [catalan]
 
 
+def test_rotations_by_hand():
+    # (a ((b c) (d e))), where node 1 is (b c), node 3 (d e) and node 2 their parent; ((a b) c).
+    trees = Trees.from_merge_times(
+        torch.tensor([[[4, 1, 3, 2]], [[1, 2, 9, 9]]]), torch.tensor([5, 3])
+    )
+    for node, spans in (
+        (0, {(0, 5), (1, 5), (1, 3), (3, 5)}),
+        (1, {(0, 5), (1, 5), (2, 5), (3, 5)}),
+        (2, {(0, 5), (0, 3), (1, 3), (3, 5)}),
+        (3, {(0, 5), (1, 5), (1, 3), (1, 4)}),
+    ):
+        rotated = trees.rotate(torch.tensor([[node], [0]]))
+        assert rotated.spans(0) == spans
+        assert rotated.spans(1) == {(0, 3), (1, 3)}
+        assert rotated.end[1, 0, 2] == 0 and rotated.labels is None
+    assert trees.rotate(torch.tensor([[0], [1]])).spans(1) == {(0, 3), (0, 2)}
+
+
+def test_rotations_are_undone_and_reach_every_tree():
+    trees = every_shape(5)
+    neighbours: dict[oracle.Shape, set[oracle.Shape]] = {shape: set() for shape in oracle.shapes(5)}
+    for node in range(4):
+        nodes = torch.full((1, 14), node)
+        rotated = trees.rotate(nodes)
+        for sample in range(14):
+            before, after = trees.spans(0, sample), rotated.spans(0, sample)
+            if trees.sizes[0, sample, node] == 4:
+                assert before == after
+            else:
+                # One span is another one.
+                assert len(before & after) == 3
+                neighbours[before].add(after)
+    for shape, others in neighbours.items():
+        assert len(others) == 3
+        assert all(shape in neighbours[other] for other in others)
+    reached = {oracle.shapes(5)[0]}
+    for _ in range(4):
+        reached |= {other for shape in reached for other in neighbours[shape]}
+    assert reached == set(neighbours)
+
+
 def test_equal_merge_times_give_a_tree_too():
     times = torch.tensor([[[1.0, 1.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]]])
     trees = Trees.from_merge_times(times, torch.tensor([5]))

@@ -11,6 +11,7 @@ from gfnem.errors import UserError
 from gfnem.gradients import gradient_noise
 from gfnem.posteriors.exact import ExactPosterior
 from gfnem.posteriors.gflownet import GFlowNetPosterior
+from gfnem.posteriors.mcmc import MCMC, Gibbs
 from gfnem.run import Run
 from gfnem.tasks.mixture.evaluate import MixtureEvaluator, assignments, ways_of_means
 from tests.tasks.mixture.tiny import (
@@ -102,8 +103,22 @@ def test_divergences_and_noise_are_told_where_they_are_asked_for():
     }
 
 
-def test_report_draws_all_pictures(tmp_path):
-    posterior = GFlowNetPosterior(make_policy())
+def test_draws_without_weights_have_neither_bound_nor_gap():
+    data, model = make_data(), make_model()
+    metrics = MixtureEvaluator(data)(model, MCMC(Gibbs()), "test", final=True)
+    expected = float(log_joint_table(model, data.test).logsumexp(-1).mean())
+    assert metrics == {
+        "test/log_likelihood": pytest.approx(expected, abs=1e-6),
+        "test/nll": pytest.approx(-expected, abs=1e-6),
+    }
+
+
+@pytest.mark.parametrize(
+    "posterior",
+    [lambda: GFlowNetPosterior(make_policy()), lambda: MCMC(Gibbs())],
+)
+def test_report_draws_all_pictures(posterior, tmp_path):
+    posterior = posterior()
     run, model = Run.create(tmp_path / "run", {}), make_model()
     evaluator = MixtureEvaluator(make_data())
     run.log(evaluator(model, posterior, "valid"), {"train/m_steps": 1})

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from math import log
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,16 @@ def test_draws_have_the_model_s_distribution():
     for dimension, center in enumerate((9.5, 3**0.5 / 2, -3.0)):
         assert kstest(here[:, dimension].numpy(), "norm", (center, 0.25)).pvalue > 1e-3
     assert (np.corrcoef(here.numpy().T) - np.eye(3)).max() < 0.12
+
+
+@pytest.mark.usefixtures("float64")
+def test_prior_draws_are_uniform_for_each_point():
+    torch.manual_seed(0)
+    z, log_prior = make_model().sample_prior(points(2), 6_000)
+    assert log_prior.shape == (2, 6_000) and (log_prior == -log(12)).all()
+    assert not z.index[0].equal(z.index[1])
+    for index in z.index:
+        assert p_value(counts(index), dict.fromkeys(components(), 1 / 12)) > 1e-3
 
 
 @pytest.mark.usefixtures("float64")

@@ -14,6 +14,8 @@ POSTERIORS = [
     ["policy.width=8", "schedule.warmup_e_steps=3"],
     ["posterior=exact", "posterior.m_step=closed"],
     ["posterior=mean_field"],
+    ["posterior=mcmc"],
+    ["posterior=importance", "posterior.m_step=gradient"],
 ]
 
 
