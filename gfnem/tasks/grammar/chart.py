@@ -36,7 +36,7 @@ from gfnem.posteriors.gflownet import (
     Policy,
     trajectories_of_choices,
 )
-from gfnem.tasks.discrete_vae.env import GridEnv
+from gfnem.posteriors.sequence_env import SequenceEnv
 from gfnem.tasks.grammar import annotated_inside, inside
 from gfnem.tasks.grammar.annotated import AnnotatedPotentials
 from gfnem.tasks.grammar.annotated_messages import contexts, log_joint_shape, sample_labels
@@ -204,7 +204,7 @@ class ChartPolicy(Policy):
             preterminals, 2 * nonterminals, nonterminals, max_length, width, dropout
         )
         self.last_condition: ChartCondition | None = None
-        self._envs: dict[tuple[int, str], GridEnv] = {}
+        self._envs: dict[tuple[int, str], SequenceEnv] = {}
 
     def check(self, model: LatentVariableModel) -> None:
         if not isinstance(model, AnnotatedModel):
@@ -540,11 +540,11 @@ class ChartPolicy(Policy):
             self._env(choices.shape[1], choices.device), choices, choices.t(), paths
         )
 
-    def _env(self, steps: int, device: torch.device) -> GridEnv:
+    def _env(self, steps: int, device: torch.device) -> SequenceEnv:
         key = steps, str(device)
         if key not in self._envs:
             choices = max(steps - 1, 1) * self.nonterminals**2
-            self._envs[key] = GridEnv(steps, choices, device)
+            self._envs[key] = SequenceEnv(steps, choices, device)
         return self._envs[key]
 
     def estimators(self) -> tuple[ChartEstimator, ChartEstimator]:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from collections import Counter
 from math import exp
 from typing import Any
 
 import pytest
 import torch
+from gfn.samplers import Sampler
 from torch import Tensor, nn
 
 from gfnem import objectives
@@ -117,7 +119,7 @@ def test_with_an_exact_guide_every_balance_holds(latent, name):
     step = posterior.e_step(model, sentences([5, 5, 3, 2]))
     assert step.loss is not None and step.loss.item() == pytest.approx(0, abs=1e-18)
     with torch.no_grad():
-        policy.encoder.score.bias += torch.randn(2 * NONTERMINALS)
+        policy.encoder.score.bias.add_(torch.randn(2 * NONTERMINALS))
         policy.encoder.flow["span"].bias += torch.randn(NONTERMINALS)  # pyright: ignore
     off = posterior.e_step(model, sentences([5, 5, 3, 2])).loss
     assert off is not None and off.item() > 1e-3
@@ -233,6 +235,26 @@ def test_torchgfn_recomputes_the_same_scores(name):
     for one, other in zip(ours, theirs, strict=True):
         assert isinstance(one, Tensor)
         torch.testing.assert_close(one, other.view_as(one))
+
+
+def test_torchgfn_s_sampler_draws_from_the_policy():
+    model, policy = FixedNCFG("labelled"), make_policy("labelled", "relaxation", noise=0.5)
+    x = sentences([4, 3])
+    condition = policy.condition(model, x)
+    trees = every_labelled(x)
+    paths = policy.retrace(condition, trees)
+    env = policy.trajectories(condition, paths).env
+    rows = torch.arange(2).repeat_interleave(4_000)
+    start = env.reset(batch_shape=(len(rows),), conditions=rows[:, None].double())
+    torch.manual_seed(0)
+    forward, _ = policy.estimators()
+    trajectories: Any = Sampler(forward).sample_trajectories(env, states=start)
+    choices = paths.record.unflatten(0, (2, -1)).tolist()
+    q = paths.log_forward.sum(0).exp().tolist()
+    for row in range(2):
+        ends = trajectories.terminating_states.tensor[rows == row].tolist()
+        probability = dict(zip(map(tuple, choices[row]), q[row], strict=True))
+        assert p_value(Counter(map(tuple, ends)), probability) > 1e-3
 
 
 def test_parents_are_counted():
