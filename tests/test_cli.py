@@ -389,6 +389,22 @@ class TestRulesThatSeeTheParent:
         line = failing(["parse", "run=ncfg", "file=sentences.txt", "decode=viterbi"], capsys)
         assert "decode=viterbi needs a context-free grammar" in line
 
+    @pytest.mark.parametrize("latent", ["shape", "labelled"])
+    def test_trains_with_a_chart(
+        self, latent: str, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(GrammarEvaluator, "report", lambda *arguments: None)
+        options = ["model=ncfg", "policy=chart", f"latent={latent}", "run_dir=chart"]
+        more = ["refinement=back_and_forth", "objective=subtb", "posterior.sleep=1.0"]
+        assert main([*tiny, *options, *more]) == 0
+        summary = json.loads(Path("chart/summary.json").read_text())
+        # Of a grammar that has hardly learned, the relaxation is close to exact.
+        assert abs(summary["test/posterior_gap"]) < 0.1
+        assert summary["test/iw_nll_per_token"] == pytest.approx(
+            summary["test/nll_per_token"], abs=0.01
+        )
+        assert state_of(Path("chart"), "last")["posterior"]["policy.usage"].sum() > 0
+
     def test_policies_over_forests_are_refused_before_training(
         self, tiny: list[str], capsys: pytest.CaptureFixture[str]
     ) -> None:

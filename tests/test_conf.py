@@ -88,8 +88,10 @@ def test_option(
         else:
             folder = request.getfixturevalue("real_data") / "nltk_data"
             overrides += [f"data.dir={folder}", "data.max_length=5"]
-    if option == "ncfg":
-        overrides.append("posterior=exact")
+    if (group, option) == ("model", "ncfg"):
+        overrides.append("policy=chart")
+    if (group, option) == ("policy", "chart"):
+        overrides.append("model=ncfg")
     if option == "rate_posterior":
         main([*tiny_data, *tiny_run, "posterior=exact", "run_dir=model"])
         overrides.append("model_from=model")

@@ -31,6 +31,7 @@ class AnnotatedPotentials:
     right: sum over T of p(A -> B T | A, P) p(T -> w_i | T, A), word i the right child; indexed
         [i, A, P, B].
     both: sum over T and U of p(A -> T U | A, P) p(T -> w_i | T, A) p(U -> w_i+1 | U, A).
+    preterminal: p(T -> w_i | T, A), mean over A, divided by its sum over T: what encoders see.
     log_scale: every p(T -> w_i | T, A) above is divided by exp(log_scale[i]), their maximum.
     lengths: words of each sentence; entries behind the sentence are meaningless.
     """
@@ -40,6 +41,7 @@ class AnnotatedPotentials:
     left: Float[Tensor, "batch length nonterminals contexts nonterminals"]
     right: Float[Tensor, "batch length nonterminals contexts nonterminals"]
     both: Float[Tensor, "batch gaps nonterminals contexts"]
+    preterminal: Float[Tensor, "batch length preterminals"]
     log_scale: Float[Tensor, "batch length"]
     lengths: Int[Tensor, "batch"]
 
@@ -95,6 +97,13 @@ class AnnotatedGrammar(ABC):
         return (log_emission - log_scale[..., None]).exp(), log_scale
 
 
+def _preterminal(
+    emission: Float[Tensor, "nonterminals batch length preterminals"],
+) -> Float[Tensor, "batch length preterminals"]:
+    mean = emission.mean(0)
+    return mean / (mean.sum(-1, keepdim=True) + torch.finfo(mean.dtype).tiny)
+
+
 @dataclass(frozen=True)
 class DenseGrammar(AnnotatedGrammar):
     """One log-probability for each rule: binary[P, A, B, C]."""
@@ -127,6 +136,7 @@ class DenseGrammar(AnnotatedGrammar):
             left=left,
             right=right,
             both=both,
+            preterminal=_preterminal(emission),
             log_scale=log_scale,
             lengths=lengths,
         )
@@ -173,6 +183,7 @@ class LowRankGrammar(AnnotatedGrammar):
             left=torch.einsum("anir,apcr->niapc", word_left, given_right),
             right=torch.einsum("anir,abpr->niapb", word_right, given_left),
             both=torch.einsum("anir,apr->niap", both, mixture),
+            preterminal=_preterminal(emission),
             log_scale=log_scale,
             lengths=lengths,
         )

@@ -34,22 +34,16 @@ def log_partition(potentials: AnnotatedPotentials) -> Float[Tensor, "batch"]:
 
     A sentence of probability zero has log-probability -inf and gradient 0.
     """
-    return _log_partition(potentials, None) + potentials.total_log_scale
+    return _LogPartition.apply(*_tables(potentials), None) + potentials.total_log_scale
 
 
 def span_marginals(potentials: AnnotatedPotentials) -> Float[Tensor, "batch length+1 length+1"]:
     """p(span (start, end) in z | x); 0 for single words and for sentences of probability zero."""
+    tables = [table.detach() for table in _tables(potentials)]
     batch, length = potentials.log_scale.shape
-    fixed = replace(
-        potentials,
-        **{
-            name: getattr(potentials, name).detach()
-            for name in ("root", "rules", "left", "right", "both")
-        },
-    )
     with torch.enable_grad():
         scores = potentials.both.new_zeros(batch, length + 1, length + 1).requires_grad_()
-        return torch.autograd.grad(_log_partition(fixed, scores).sum(), scores)[0]
+        return torch.autograd.grad(_LogPartition.apply(*tables, scores).sum(), scores)[0]
 
 
 @torch.no_grad()
@@ -64,7 +58,7 @@ def sample(
     Raises UserError if a sentence has probability zero.
     """
     draw = partial(sample_categorical, generator=generator)
-    chart = _Chart.of(potentials)
+    chart = _Chart.of(*_tables(potentials))
     nonterminals = len(chart.root)
     top = draw(possible(chart.root_weights())[:, None].expand(-1, samples, -1))
 
@@ -100,15 +94,21 @@ def sample(
     return replace(trees, labels=labels)
 
 
-def _log_partition(
-    potentials: AnnotatedPotentials, span_scores: Float[Tensor, "batch length+1 length+1"] | None
-) -> Float[Tensor, "batch"]:
-    """log p(x) without the words' scales.
+def inside_scores(potentials: AnnotatedPotentials) -> tuple[SpanTable, SpanTable]:
+    """beta of all spans of at least two words, [context, label], and the logarithms of its scales.
 
-    span_scores: added to the log-score of every tree that holds the span (start, end).
+    Both are 0 for single words. Without gradients.
     """
+    with torch.no_grad():
+        chart = _Chart.of(*_tables(potentials))
+    return chart.vectors, chart.scales
+
+
+def _tables(
+    potentials: AnnotatedPotentials,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     p = potentials
-    return _LogPartition.apply(p.root, p.rules, p.left, p.right, p.both, p.lengths, span_scores)
+    return p.root, p.rules, p.left, p.right, p.both, p.lengths
 
 
 @dataclass(frozen=True)
@@ -135,17 +135,21 @@ class _Chart:
 
     @staticmethod
     def of(
-        potentials: AnnotatedPotentials,
+        root: Float[Tensor, "nonterminals"],
+        rules: Float[Tensor, "nonterminals contexts nonterminals nonterminals"],
+        left: Float[Tensor, "batch length nonterminals contexts nonterminals"],
+        right: Float[Tensor, "batch length nonterminals contexts nonterminals"],
+        both: Float[Tensor, "batch gaps nonterminals contexts"],
+        lengths: Int[Tensor, "batch"],
         span_scores: Float[Tensor, "batch length+1 length+1"] | None = None,
     ) -> _Chart:
-        both = potentials.both
-        batch, length, nonterminals, contexts, _ = potentials.left.shape
+        batch, length, nonterminals, contexts, _ = left.shape
         chart = _Chart(
-            root=potentials.root,
-            rules=potentials.rules.flatten(2),
-            left=potentials.left.transpose(0, 1).contiguous(),
-            right=potentials.right.transpose(0, 1).contiguous(),
-            lengths=potentials.lengths,
+            root=root,
+            rules=rules.flatten(2),
+            left=left.transpose(0, 1).contiguous(),
+            right=right.transpose(0, 1).contiguous(),
+            lengths=lengths,
             vectors=SpanTable.zeros(both, length, batch, contexts, nonterminals),
             scales=SpanTable.zeros(both, length, batch),
             weights={},
@@ -221,9 +225,7 @@ class _LogPartition(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, root, rules, left, right, both, lengths, span_scores):
-        scale = both.new_zeros(left.shape[:2])
-        given = AnnotatedPotentials(root, rules, left, right, both, scale, lengths)
-        ctx.chart = _Chart.of(given, span_scores)
+        ctx.chart = _Chart.of(root, rules, left, right, both, lengths, span_scores)
         total = ctx.chart.root_weights().sum(-1)
         log_total = total.log() + ctx.chart.root_scale()
         ctx.save_for_backward(total, log_total)

@@ -131,6 +131,23 @@ def minimum_bayes_risk(
     return top_down(torch.zeros_like(lengths)[:, None], lengths, split).shapes()
 
 
+def inside_scores(
+    root: Float[Tensor, "nonterminals"],
+    rules: Float[Tensor, "nonterminals nonterminals nonterminals"],
+    left: Float[Tensor, "batch length nonterminals nonterminals"],
+    right: Float[Tensor, "batch length nonterminals nonterminals"],
+    both: Float[Tensor, "batch gaps nonterminals"],
+    lengths: Int[Tensor, "batch"],
+) -> tuple[SpanTable, SpanTable]:
+    """beta of all spans of at least two words, and the logarithms of its scales.
+
+    The arguments are those of `Potentials`. Both are 0 for single words. Without gradients.
+    """
+    with torch.no_grad():
+        chart = _Chart.of(root, rules, left, right, both, lengths, _SUM_PRODUCT)
+    return chart.vectors, chart.scales
+
+
 def _tables(potentials: Potentials) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     p = potentials
     return p.root, p.rules, p.left, p.right, p.both, p.lengths

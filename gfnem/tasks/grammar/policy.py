@@ -197,7 +197,7 @@ class ForestPolicy(Policy):
         if not isinstance(model, ParsingModel):
             raise UserError(
                 f"{type(self).__name__} merges by what a context-free grammar says, which "
-                f"{type(model).__name__} is not: use posterior=exact"
+                f"{type(model).__name__} is not: use policy=chart or posterior=exact"
             )
 
     def condition(self, model: ParsingModel, x: Sentences) -> ForestCondition:

@@ -158,7 +158,7 @@ def test_rules_of_low_rank_are_those_of_the_dense_grammar():
     dense = annotated_oracle.as_dense(low_rank)
     torch.testing.assert_close(dense.binary.flatten(2).logsumexp(-1), torch.zeros(4, 3).double())
     ours, theirs = (grammar.potentials(words, lengths) for grammar in (low_rank, dense))
-    for name in ("root", "rules", "left", "right", "both", "log_scale"):
+    for name in ("root", "rules", "left", "right", "both", "preterminal", "log_scale"):
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name))
 
 

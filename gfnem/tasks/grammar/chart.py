@@ -1,0 +1,564 @@
+"""A policy that draws labelled trees top-down from a chart, for grammars that see the parent.
+
+First the root's label is drawn, then every open span of at least two words is split: with label A
+and context P, into (k, B, C) with logit
+
+    log p(A -> B C | A, P) + b(i, k, B | A) + b(k, j, C | A),
+
+b being the logarithm of the guide's inside scores plus what the encoder says of the span, under its
+own label and its parent's. Words are exact. With the exact inside scores as guide and an encoder
+that says nothing, the policy is the posterior.
+
+Spans are split from the widest to the narrowest, those of one width from left to right, so there is
+one trajectory to each labelled tree: P_B = 1 and q(z | x) is P_F. To a shape there are as many as
+labellings: the last choice forgets the labels, and has P_B = p(labels | shape, x), exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from gfnem.categorical import sample_categorical
+from gfnem.errors import UserError
+from gfnem.model import LatentVariableModel
+from gfnem.objectives import ScoredTrajectories
+from gfnem.posteriors.gflownet import (
+    ON_POLICY,
+    Behaviour,
+    Paths,
+    Policy,
+    trajectories_of_choices,
+)
+from gfnem.posteriors.sequence_env import SequenceEnv
+from gfnem.tasks.grammar import annotated_inside, inside
+from gfnem.tasks.grammar.annotated import AnnotatedPotentials
+from gfnem.tasks.grammar.annotated_messages import contexts, log_joint_shape, sample_labels
+from gfnem.tasks.grammar.chart_estimators import ChartEstimator
+from gfnem.tasks.grammar.data import Sentences
+from gfnem.tasks.grammar.encoder import SpanEncoder, SpanEncoding
+from gfnem.tasks.grammar.messages import root_score, rule_scores
+from gfnem.tasks.grammar.model import check_latent
+from gfnem.tasks.grammar.ncfg import AnnotatedModel
+from gfnem.tasks.grammar.spans import SpanTable
+from gfnem.tasks.grammar.tree import Trees
+
+# How fast old samples are forgotten in the counts of parents, and what every parent has beside.
+DECAY, PRIOR = 0.95, 0.05
+
+
+class Spans(NamedTuple):
+    """Open spans as a flat list; context is the label above, or S, which comes last."""
+
+    sentence: Int[Tensor, "spans"]
+    start: Int[Tensor, "spans"]
+    width: Int[Tensor, "spans"]
+    label: Int[Tensor, "spans"]
+    context: Int[Tensor, "spans"]
+
+
+class Splits(NamedTuple):
+    """Weights of the splits of spans of at least three words; a choice is (split, B, C).
+
+    weights: of each split, relative to the span's largest.
+    left, right: of the children's labels, 0 for words.
+    rules: p(A -> B C | A, P).
+    word_left, word_right: of the other child's label where one child is a word.
+    """
+
+    weights: Float[Tensor, "spans splits"]
+    left: Float[Tensor, "spans splits nonterminals"]
+    right: Float[Tensor, "spans splits nonterminals"]
+    rules: Float[Tensor, "spans nonterminals nonterminals"]
+    word_left: Float[Tensor, "spans nonterminals"]
+    word_right: Float[Tensor, "spans nonterminals"]
+
+    def first(self, width: Int[Tensor, "spans"]) -> Float[Tensor, "spans splits nonterminals"]:
+        """Weights of a split and the left child's label, or the right one's if left is a word."""
+        options = self.left * (self.right @ self.rules.mT)
+        row = torch.arange(len(width), device=width.device)
+        options = options.index_put((row, torch.zeros_like(width)), self.word_left)
+        options = options.index_put((row, width - 2), self.word_right)
+        return self.weights[..., None] * options
+
+    def joint(self, width: Int[Tensor, "spans"]) -> Float[Tensor, "spans choices"]:
+        """Weights of all choices; a word's label counts as 0."""
+        options = self.left[..., None] * self.rules[:, None] * self.right[:, :, None]
+        row = torch.arange(len(width), device=width.device)
+        none = torch.zeros_like(width)
+        options = options.index_put((row, none, none), self.word_left)
+        options = options.transpose(2, 3).index_put((row, width - 2, none), self.word_right)
+        return (self.weights[..., None, None] * options.transpose(2, 3)).flatten(1)
+
+
+@dataclass(frozen=True)
+class ChartCondition:
+    """A batch of sentences as the policy sees it.
+
+    potentials: what the grammar says of the words, without gradients.
+    vectors, scales: inside scores that guide the policy, [context, label], and their logarithmic
+        scales.
+    encode: the policy's encoder; it runs when something is first asked of it.
+    """
+
+    sentences: Sentences
+    potentials: AnnotatedPotentials
+    vectors: SpanTable
+    scales: SpanTable
+    encode: Callable[[], SpanEncoding]
+
+    @cached_property
+    def encoding(self) -> SpanEncoding:
+        """What the policy's encoder says of the spans."""
+        return self.encode()
+
+    @property
+    def lengths(self) -> Int[Tensor, "batch"]:
+        return self.sentences.lengths
+
+    def root_logits(self) -> Float[Tensor, "batch nonterminals"]:
+        """Of the labels of whole sentences."""
+        guide = self.potentials.root * self.vectors.whole(self.lengths)[:, -1]
+        sentence = torch.arange(len(guide), device=guide.device)
+        span = self.encoding.index[torch.zeros_like(self.lengths), self.lengths]
+        own, _ = self.encoding.scores[sentence, span].chunk(2, -1)
+        return _log(guide) + own
+
+    def splits(self, spans: Spans) -> Splits:
+        """Spans of at least three words each."""
+        sentence, start, width = (field[:, None] for field in spans[:3])
+        split = torch.arange(1, int(spans.width.max()), device=start.device)
+        valid = split < width
+        split = torch.minimum(split, width - 1)
+        middle = start + split
+        left_scale = self.scales.by_start[start, sentence, split]
+        right_scale = self.scales.by_start[middle, sentence, width - split]
+        scale = torch.where(valid, left_scale + right_scale, -torch.inf)
+        largest = scale.amax(-1, keepdim=True).clamp(min=torch.finfo(scale.dtype).min)
+        table, row = self.potentials, spans.sentence
+        last = spans.start + spans.width - 1
+        left = self._child(sentence, start, split, spans.label)
+        right = self._child(sentence, middle, width - split, spans.label)
+        wide = torch.arange(len(row), device=row.device), spans.width - 2
+        return Splits(
+            weights=(scale - largest).exp(),
+            left=left,
+            right=right,
+            rules=table.rules[spans.label, spans.context],
+            word_left=table.left[row, spans.start, spans.label, spans.context] * right[:, 0],
+            word_right=table.right[row, last, spans.label, spans.context] * left[wide],
+        )
+
+    def _child(
+        self, sentence: Tensor, start: Tensor, width: Tensor, parent: Int[Tensor, "spans"]
+    ) -> Float[Tensor, "spans splits nonterminals"]:
+        """exp b of each label, without its scale; 0 for words."""
+        guide = self.vectors.by_start[start, sentence, width, parent[:, None]]
+        # A word has no span, and a guide of 0.
+        span = self.encoding.index[start, torch.where(width > 1, start + width, start)]
+        own, under = self.encoding.scores[sentence, span].chunk(2, -1)
+        under = under.gather(-1, parent[:, None, None].expand(*under.shape[:2], 1))
+        return guide * (own + under).exp()
+
+
+class ChartPolicy(Policy):
+    """See the module's description.
+
+    nonterminals, preterminals: of the grammar.
+    max_length: the longest sentence in words.
+    latent: "shape" or "labelled".
+    guide: "exact", the grammar's own inside scores, or "relaxation": those of a context-free
+        grammar with rules averaged over parents, as often as the last samples had them, at less
+        than a tenth of the cost; spans of two words are exact under their parent.
+    width: of the encoder's layers.
+    dropout: in the encoder, in training.
+    """
+
+    usage: Tensor
+
+    def __init__(
+        self,
+        nonterminals: int,
+        preterminals: int,
+        max_length: int,
+        latent: Literal["shape", "labelled"] = "shape",
+        guide: Literal["relaxation", "exact"] = "relaxation",
+        width: int = 128,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        check_latent(latent)
+        if guide not in ("relaxation", "exact"):
+            raise UserError(f"policy.guide is {guide!r}; use 'relaxation' or 'exact'")
+        self.nonterminals = nonterminals
+        self.latent = latent
+        self.guide = guide
+        self.register_buffer("usage", torch.zeros(nonterminals, nonterminals + 1))
+        self.encoder = SpanEncoder(
+            preterminals, 2 * nonterminals, nonterminals, max_length, width, dropout
+        )
+        self.last_condition: ChartCondition | None = None
+        self._envs: dict[tuple[int, str], SequenceEnv] = {}
+
+    def check(self, model: LatentVariableModel) -> None:
+        if not isinstance(model, AnnotatedModel):
+            raise UserError(
+                f"{type(self).__name__} is for grammars whose rules see the parent, which "
+                f"{type(model).__name__} is not: use model=ncfg or another policy"
+            )
+
+    def condition(self, model: AnnotatedModel, x: Sentences) -> ChartCondition:
+        with torch.no_grad():
+            potentials = model.potentials(x)
+            scores = self._relaxed if self.guide == "relaxation" else annotated_inside.inside_scores
+            vectors, scales = scores(potentials)
+        gradients = torch.is_grad_enabled()
+
+        def encode() -> SpanEncoding:
+            # Whoever asks first, sampling without gradients perhaps, asks for all.
+            with torch.set_grad_enabled(gradients):
+                return self.encoder(potentials.preterminal, x.lengths)
+
+        self.last_condition = ChartCondition(x, potentials, vectors, scales, encode)
+        return self.last_condition
+
+    def _relaxed(self, potentials: AnnotatedPotentials) -> tuple[SpanTable, SpanTable]:
+        weight = self.usage + PRIOR
+        weight = (weight / weight.sum(-1, keepdim=True)).to(potentials.rules.dtype)
+        vectors, scales = inside.inside_scores(
+            root=potentials.root,
+            rules=torch.einsum("apbc,ap->abc", potentials.rules, weight),
+            left=torch.einsum("niapc,ap->niac", potentials.left, weight),
+            right=torch.einsum("niapb,ap->niab", potentials.right, weight),
+            both=torch.einsum("niap,ap->nia", potentials.both, weight),
+            lengths=potentials.lengths,
+        )
+        by_start, by_end = (
+            table[..., None, :].repeat_interleave(weight.shape[1], -2)
+            for table in (vectors.by_start, vectors.by_end)
+        )
+        vectors = SpanTable(by_start, by_end)
+        exact = potentials.both.permute(1, 0, 3, 2)
+        peak = exact.amax((-1, -2))
+        vectors.put(2, exact / torch.where(peak > 0, peak, 1.0)[..., None, None])
+        scales.put(2, peak.log())
+        return vectors, scales
+
+    def sample(
+        self, condition: ChartCondition, samples: int, behaviour: Behaviour = ON_POLICY
+    ) -> Paths:
+        trees = self._roll(condition, samples, behaviour)
+        if self.training:
+            self._count(trees)
+        return self._paths(condition, trees)
+
+    def retrace(self, condition: ChartCondition, z: Trees) -> Paths:
+        return self._paths(condition, _labelled(condition, z))
+
+    @torch.no_grad()
+    def regrow(
+        self, condition: ChartCondition, z: Trees, depth: int, temperature: float = 1.0
+    ) -> tuple[Paths, Paths]:
+        trees = _labelled(condition, z)
+        keep = (condition.lengths - depth).clamp(min=0)
+        new = self._roll(
+            condition, z.start.shape[1], Behaviour(temperature), forced=trees, keep=keep
+        )
+        old, grown = (self._paths(condition, one, temperature, keep) for one in (trees, new))
+        return old, grown
+
+    @torch.no_grad()
+    def _roll(
+        self,
+        condition: ChartCondition,
+        samples: int,
+        behaviour: Behaviour,
+        forced: Trees | None = None,
+        keep: Int[Tensor, "batch"] | None = None,
+    ) -> Trees:
+        """Labelled trees. forced, keep: the first `keep` choices are those of these trees."""
+        batch, length = condition.sentences.words.shape
+        lengths = condition.lengths
+        sentence = torch.arange(batch, device=lengths.device).repeat_interleave(samples)
+        row = torch.arange(len(sentence), device=lengths.device)
+        logits = condition.root_logits().detach()[sentence]
+        label = self._draw(logits, behaviour)
+        # Given choices by row, start and width of the span; -1 where there is none.
+        given = label.new_full((len(row), length, length + 1), -1)
+        if forced is not None and keep is not None:
+            choices, order = self._choices(forced)
+            label = torch.where(keep[sentence] > 0, choices[:, 0], label)
+            kept = torch.arange(1, length, device=row.device) < keep[sentence, None]
+            start, end = (
+                field.flatten(0, 1).gather(1, order) for field in (forced.start, forced.end)
+            )
+            chosen = torch.where(kept & (end > 0), choices[:, 1:], -1)
+            given[row[:, None], start, end - start] = chosen
+        widths = lengths.new_zeros(len(row), length)
+        labels, above = torch.zeros_like(widths), torch.zeros_like(widths)
+        widths[:, 0], labels[:, 0], above[:, 0] = lengths[sentence], label, self.nonterminals
+        node_start = lengths.new_zeros(len(row), length - 1)
+        node_end, node_label = torch.zeros_like(node_start), torch.full_like(node_start, -1)
+        for width in range(length, 1, -1):
+            tree, start = (widths == width).nonzero(as_tuple=True)
+            if len(tree) == 0:
+                continue
+            own = labels[tree, start]
+            spans = Spans(
+                sentence[tree], start, torch.full_like(start, width), own, above[tree, start]
+            )
+            choice = given[tree, start, width]
+            if width > 2:
+                choice = torch.where(choice < 0, self._choose(condition, spans, behaviour), choice)
+            split, left, right = self.decoded(choice.clamp(min=0))
+            middle = start + split
+            node_start[tree, middle - 1], node_end[tree, middle - 1] = start, start + width
+            node_label[tree, middle - 1] = own
+            widths[tree, start], widths[tree, middle] = split, width - split
+            labels[tree, start], labels[tree, middle] = left, right
+            above[tree, start] = above[tree, middle] = own
+        shape = (batch, samples, length - 1)
+        return Trees(node_start.view(shape), node_end.view(shape), lengths, node_label.view(shape))
+
+    def _choose(
+        self, condition: ChartCondition, spans: Spans, behaviour: Behaviour
+    ) -> Int[Tensor, "spans"]:
+        splits = condition.splits(spans)
+        if not behaviour.on_policy:
+            return self._draw(splits.joint(spans.width).log(), behaviour)
+        option = sample_categorical(splits.first(spans.width).flatten(1))
+        split, first = option // self.nonterminals, option % self.nonterminals
+        word_left, word_right = split == 0, split == spans.width - 2
+        left = torch.where(word_left, 0, first)
+        right = torch.where(word_left, first, 0)
+        inner = (~word_left & ~word_right).nonzero().squeeze(-1)
+        weights = splits.rules[inner, first[inner]] * splits.right[inner, split[inner]]
+        right[inner] = sample_categorical(weights)
+        return self._coded(split + 1, left, right)
+
+    def _draw(
+        self, logits: Float[Tensor, "rows choices"], behaviour: Behaviour
+    ) -> Int[Tensor, "rows"]:
+        weights = (logits / behaviour.temperature).softmax(-1)
+        if behaviour.epsilon > 0:
+            uniform = logits.isfinite().to(weights.dtype)
+            uniform = uniform / uniform.sum(-1, keepdim=True)
+            weights = (1 - behaviour.epsilon) * weights + behaviour.epsilon * uniform
+        return sample_categorical(weights)
+
+    def _coded(self, split: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """The number of the choice of a left child of `split` words and of the children's labels,
+        0 for a word."""
+        return ((split - 1) * self.nonterminals + left) * self.nonterminals + right
+
+    def decoded(self, choice: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Width of the left child and the children's labels."""
+        square = self.nonterminals**2
+        return (
+            choice // square + 1,
+            choice % square // self.nonterminals,
+            choice % self.nonterminals,
+        )
+
+    def _choices(self, trees: Trees) -> tuple[Int[Tensor, "rows steps"], Int[Tensor, "rows nodes"]]:
+        """The root's label and the choice at each node, and the nodes in the order of choices.
+
+        Behind a shorter sentence's nodes there is nothing to choose: choice 0.
+        """
+        assert trees.labels is not None
+        nodes = trees.start.shape[-1]
+        gap = torch.arange(nodes, device=trees.start.device)
+        left, right = trees.children()
+        below = [
+            torch.where(child >= 0, trees.labels.gather(-1, child.clamp(min=0)), 0)
+            for child in (left, right)
+        ]
+        choice = torch.where(trees.exists, self._coded(gap + 1 - trees.start, *below), 0)
+        width = torch.where(trees.exists, trees.end - trees.start, 0)
+        # Of equal widths those on the left come first, as gaps do.
+        order = (-width).argsort(dim=-1, stable=True).flatten(0, 1)
+        top = trees.labels.flatten(0, 1).gather(1, order[:, :1])
+        return torch.cat([top, choice.flatten(0, 1).gather(1, order)], 1), order
+
+    def _paths(
+        self,
+        condition: ChartCondition,
+        trees: Trees,
+        temperature: float = 1.0,
+        score_from: Int[Tensor, "batch"] | None = None,
+    ) -> Paths:
+        """All there is to say of trajectories to labelled trees.
+
+        temperature: of the policy whose log P_F is returned.
+        score_from: choices before it get log P_F of 0.
+        """
+        batch, samples, _ = trees.start.shape
+        choices, order = self._choices(trees)
+        context = contexts(trees, self.nonterminals)
+        forward = self._log_forward(condition, trees, context, choices, order, temperature)
+        if score_from is not None:
+            step = torch.arange(len(forward), device=forward.device)[:, None]
+            forward = forward.masked_fill(step < score_from.repeat_interleave(samples), 0.0)
+        with torch.no_grad():
+            rules = rule_scores(condition.potentials, trees, context)
+            fixed = root_score(condition.potentials, trees)
+            fixed = fixed + condition.potentials.total_log_scale[:, None]
+            log_joint = labelled = fixed + rules.sum(-1)
+            if self.latent == "shape":
+                log_joint = log_joint_shape(condition.potentials, trees)
+        leave = torch.zeros_like(forward[:1])
+        backward = torch.zeros(len(forward) + 1, batch, samples, device=forward.device)
+        backward = backward.to(forward.dtype)
+        backward[-2] = labelled - log_joint
+        return Paths(
+            z=trees if self.latent == "labelled" else trees.shapes(),
+            log_joint=log_joint,
+            log_forward=torch.cat([forward, leave]).unflatten(1, (batch, samples)),
+            log_backward=backward,
+            flows=lambda: self._flows(condition, trees, context, order, rules, fixed, log_joint),
+            record=choices,
+        )
+
+    def _log_forward(
+        self,
+        condition: ChartCondition,
+        trees: Trees,
+        context: Int[Tensor, "batch samples nodes"],
+        choices: Int[Tensor, "rows steps"],
+        order: Int[Tensor, "rows nodes"],
+        temperature: float,
+    ) -> Float[Tensor, "steps rows"]:
+        """log P_F of each choice, differentiable; 0 where there is nothing to choose."""
+        assert trees.labels is not None
+        batch, samples, nodes = trees.start.shape
+        sentence = torch.arange(batch, device=order.device).repeat_interleave(samples)
+        root = (condition.root_logits() / temperature).log_softmax(-1)[sentence]
+        root = root.gather(1, choices[:, :1]).squeeze(1)
+        forward = root.new_zeros(len(sentence), nodes)
+        start, end, label, above = (
+            field.flatten(0, 1).gather(1, order)
+            for field in (trees.start, trees.end, trees.labels, context)
+        )
+        row, step = (end - start > 2).nonzero(as_tuple=True)
+        if len(row):
+            at = row, step
+            spans = Spans(sentence[row], start[at], (end - start)[at], label[at], above[at])
+            log_p = self._log_choice(condition, spans, choices[row, step + 1], temperature)
+            forward = forward.index_put(at, log_p)
+        return torch.cat([root[None], forward.t()])
+
+    def _log_choice(
+        self,
+        condition: ChartCondition,
+        spans: Spans,
+        choice: Int[Tensor, "spans"],
+        temperature: float,
+    ) -> Float[Tensor, "spans"]:
+        splits = condition.splits(spans)
+        width, left, right = self.decoded(choice)
+        at = torch.arange(len(choice), device=choice.device), width - 1
+        inner = (
+            _log(splits.left[at].gather(1, left[:, None]))
+            + _log(splits.rules[at[0], left, right])[:, None]
+            + _log(splits.right[at].gather(1, right[:, None]))
+        ).squeeze(1)
+        word_left = _log(splits.word_left.gather(1, right[:, None])).squeeze(1)
+        word_right = _log(splits.word_right.gather(1, left[:, None])).squeeze(1)
+        chosen = torch.where(width == spans.width - 1, word_right, inner)
+        chosen = torch.where(width == 1, word_left, chosen) + _log(splits.weights[at])
+        if temperature == 1.0:
+            return chosen - _log(splits.first(spans.width).sum((1, 2)))
+        joint = splits.joint(spans.width).log() / temperature
+        return chosen / temperature - joint.logsumexp(-1)
+
+    def _flows(
+        self,
+        condition: ChartCondition,
+        trees: Trees,
+        context: Int[Tensor, "batch samples nodes"],
+        order: Int[Tensor, "rows nodes"],
+        rules: Float[Tensor, "batch samples nodes"],
+        fixed: Float[Tensor, "batch samples"],
+        log_joint: Float[Tensor, "batch samples"],
+    ) -> tuple[Float[Tensor, "steps rows"], Float[Tensor, "steps rows"]]:
+        """Learned log flow of the state before each action, and what it has fixed of log p(x, z).
+
+        Of a state's open spans each has the guide's inside score and a learned correction; the
+        rules of those that are split are fixed, since their parents are known. The scales of the
+        words are fixed from the start.
+        """
+        assert trees.labels is not None
+        batch, samples, nodes = trees.start.shape
+        encoding, scales = condition.encoding, condition.scales.by_start
+        sentence = torch.arange(batch, device=order.device)[:, None, None]
+        label = trees.labels.clamp(min=0)
+        width = (trees.end - trees.start).clamp(min=0)
+        span = encoding.index[trees.start, trees.end]
+        guide = _log(condition.vectors.by_start[trees.start, sentence, width, context, label])
+        guide = guide + scales[trees.start, sentence, width] + encoding.flow[sentence, span, label]
+        guide = torch.where(trees.exists, guide, 0.0).flatten(0, 1)
+        # A node is open from the step behind its parent's to its own.
+        rank = order.argsort(-1).view_as(trees.start)
+        made = torch.full_like(rank, -1)
+        for child in trees.children():
+            # One place more takes what is written for words.
+            child = torch.where(child >= 0, child, nodes)
+            made = torch.cat([made, made[..., :1]], -1).scatter(-1, child, rank)[..., :nodes]
+        rank, made = rank.flatten(0, 1), made.flatten(0, 1)
+        step = torch.arange(nodes + 1, device=rank.device)[:, None, None]
+        learned = torch.where((made < step) & (step <= rank), guide, 0.0).sum(-1)
+        split = torch.where(step > rank, rules.flatten(0, 1), 0.0).sum(-1)
+        whole = encoding.index[torch.zeros_like(condition.lengths), condition.lengths]
+        log_z = _log(condition.potentials.root * condition.vectors.whole(condition.lengths)[:, -1])
+        log_z = (log_z + encoding.flow[sentence[:, 0, 0], whole]).logsumexp(-1)
+        log_z = log_z + condition.scales.whole(condition.lengths)
+        log_z, words = (
+            value.repeat_interleave(samples)[None]
+            for value in (log_z, condition.potentials.total_log_scale)
+        )
+        partial = torch.cat([words, split[:-1] + fixed.flatten(), log_joint.flatten()[None]])
+        return torch.cat([log_z, learned]), partial
+
+    @torch.no_grad()
+    def _count(self, trees: Trees) -> None:
+        """Remember under which parents labels were."""
+        assert trees.labels is not None
+        pairs = trees.labels * (self.nonterminals + 1) + contexts(trees, self.nonterminals)
+        counts = torch.bincount(pairs[trees.exists], minlength=self.usage.numel())
+        counts = counts.view_as(self.usage)
+        self.usage.mul_(DECAY).add_(counts)
+
+    def trajectories(self, condition: ChartCondition, paths: Paths) -> ScoredTrajectories:
+        choices = paths.record
+        return trajectories_of_choices(
+            self._env(choices.shape[1], choices.device), choices, choices.t(), paths
+        )
+
+    def _env(self, steps: int, device: torch.device) -> SequenceEnv:
+        key = steps, str(device)
+        if key not in self._envs:
+            choices = max(steps - 1, 1) * self.nonterminals**2
+            self._envs[key] = SequenceEnv(steps, choices, device)
+        return self._envs[key]
+
+    def estimators(self) -> tuple[ChartEstimator, ChartEstimator]:
+        return ChartEstimator(self, is_backward=False), ChartEstimator(self, is_backward=True)
+
+    def flow_parameters(self) -> list[nn.Parameter]:
+        return list(self.encoder.flow.parameters())
+
+
+def _labelled(condition: ChartCondition, z: Trees) -> Trees:
+    """The trees themselves, or shapes with labels from P_B."""
+    return sample_labels(condition.potentials, z) if z.labels is None else z
+
+
+def _log(x: Tensor) -> Tensor:
+    """Finite where x is 0, so that gradients and differences are numbers."""
+    return x.clamp(min=torch.finfo(x.dtype).tiny).log()

@@ -1,0 +1,319 @@
+from __future__ import annotations
+
+from collections import Counter
+from math import exp
+from typing import Any
+
+import pytest
+import torch
+from gfn.samplers import Sampler
+from torch import Tensor, nn
+
+from gfnem import objectives
+from gfnem.em import EM
+from gfnem.errors import UserError
+from gfnem.posterior import Latents
+from gfnem.posteriors.gflownet import Behaviour, GFlowNetPosterior
+from gfnem.posteriors.refinement import BackAndForth
+from gfnem.tasks.grammar import inside
+from gfnem.tasks.grammar.annotated import DenseGrammar
+from gfnem.tasks.grammar.chart import ChartPolicy
+from gfnem.tasks.grammar.data import Sentences, toy_english
+from gfnem.tasks.grammar.model import NeuralPCFG
+from gfnem.tasks.grammar.ncfg import AnnotatedModel
+from gfnem.tasks.grammar.tree import Trees
+from tests.tasks.grammar import annotated_oracle, oracle
+from tests.tasks.grammar.tiny import (
+    LATENTS,
+    count_trees,
+    float64,  # noqa: F401
+    p_value,
+    sentences,
+    words_of,
+)
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+NONTERMINALS = 2
+GUIDES = ("relaxation", "exact")
+
+
+class FixedNCFG(AnnotatedModel):
+    """A grammar whose parameters are the rules' log-probabilities themselves."""
+
+    nonterminals = NONTERMINALS
+
+    def __init__(self, latent: Any, seed: int = 0):
+        super().__init__()
+        grammar = annotated_oracle.random_grammar(NONTERMINALS, 3, seed=seed, temperature=0.5)
+        self.root = nn.Parameter(grammar.root)
+        self.binary = nn.Parameter(grammar.binary)
+        self.emission = nn.Parameter(grammar.emission)
+        self.latent = latent
+
+    def grammar(self) -> DenseGrammar:
+        return DenseGrammar(self.root, self.binary, self.emission)
+
+    def sample(self, n, generator=None):
+        raise NotImplementedError("these rules are for given sentences")
+
+
+def make_policy(latent: Any, guide: Any, noise: float = 0.3, seed: int = 0) -> ChartPolicy:
+    torch.manual_seed(seed)
+    policy = ChartPolicy(NONTERMINALS, 3, 8, latent, guide, width=8)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter += noise * torch.randn_like(parameter)
+    return policy
+
+
+def every_labelled(x: Sentences) -> Trees:
+    """All labelled trees of each sentence, repeated for the shorter ones."""
+    trees = [list(oracle.labelled_trees(n, NONTERMINALS)) for n in x.lengths.tolist()]
+    most = max(map(len, trees))
+    return oracle.to_trees([(some * most)[:most] for some in trees], x.lengths)
+
+
+def q_of(policy: ChartPolicy, model: FixedNCFG, x: Sentences) -> list[dict[Any, float]]:
+    """P_F of every labelled tree of each sentence."""
+    trees = every_labelled(x)
+    log_q = policy.log_forward(policy.condition(model, x), trees).tolist()
+    return [
+        {
+            oracle.tree_at(trees, index, sample): exp(value)
+            for sample, value in enumerate(log_q[index])
+        }
+        for index in range(len(x))
+    ]
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_probabilities_of_all_labelled_trees_sum_to_one(guide):
+    x = sentences([4, 2, 5, 3])
+    for q in q_of(make_policy("labelled", guide), FixedNCFG("labelled"), x):
+        assert sum(q.values()) == pytest.approx(1)
+        assert min(q.values()) > 0
+
+
+@pytest.mark.parametrize("latent", LATENTS)
+def test_an_exact_guide_gives_the_posterior(latent):
+    model, policy = FixedNCFG(latent, seed=1), ChartPolicy(NONTERMINALS, 3, 8, latent, "exact")
+    x = sentences([4, 2, 5, 3])
+    for index, q in enumerate(q_of(policy, model, x)):
+        joint = annotated_oracle.enumerate_labelled(model.grammar(), words_of(x, index))
+        exact = oracle.posterior(joint)
+        assert q == pytest.approx(exact, abs=1e-12)
+    paths = policy.sample(policy.condition(model, x), 6)
+    log_likelihood = model.log_likelihood(x)
+    assert log_likelihood is not None
+    torch.testing.assert_close(paths.log_weights, log_likelihood[:, None].expand(-1, 6))
+    torch.testing.assert_close(paths.log_joint, model.log_joint(x, paths.z))
+
+
+@pytest.mark.parametrize("name", ["vargrad", "tb", "subtb", "fl_db"])
+@pytest.mark.parametrize("latent", LATENTS)
+def test_with_an_exact_guide_every_balance_holds(latent, name):
+    model = FixedNCFG(latent, seed=2)
+    policy = ChartPolicy(NONTERMINALS, 3, 8, latent, "exact")
+    posterior = GFlowNetPosterior(policy, getattr(objectives, name), samples=3)
+    step = posterior.e_step(model, sentences([5, 5, 3, 2]))
+    assert step.loss is not None and step.loss.item() == pytest.approx(0, abs=1e-18)
+    with torch.no_grad():
+        policy.encoder.score.bias.add_(torch.randn(2 * NONTERMINALS))
+        policy.encoder.flow["span"].bias += torch.randn(NONTERMINALS)  # pyright: ignore
+    off = posterior.e_step(model, sentences([5, 5, 3, 2])).loss
+    assert off is not None and off.item() > 1e-3
+    off.backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_draws_have_the_probabilities_of_the_policy(guide):
+    model, policy = FixedNCFG("labelled"), make_policy("labelled", guide, noise=0.5).eval()
+    x = sentences([4, 2, 5])
+    torch.manual_seed(0)
+    z = policy.sample(policy.condition(model, x), 8_000).z
+    for index, q in enumerate(q_of(policy, model, x)):
+        assert p_value(count_trees(z, index), q) > 1e-3
+
+
+def test_tempered_draws_have_tempered_probabilities_of_their_choices():
+    model, policy = FixedNCFG("labelled"), make_policy("labelled", "relaxation").eval()
+    x = sentences([3])
+    condition = policy.condition(model, x)
+    trees = every_labelled(x)
+    log_q = policy.retrace(condition, trees).log_forward[:2, 0]
+    # Three words: a root, a split with one label, and two words without a choice.
+    tempered = (log_q.detach() / 2).exp()
+    labels = trees.labels
+    assert labels is not None
+    top = labels.gather(-1, trees.sizes.argmax(-1, keepdim=True)).flatten()
+    expected = {}
+    root = {int(a): float(tempered[0][top == a][0]) for a in top.unique()}
+    for sample in range(trees.start.shape[1]):
+        same = top == top[sample]
+        share = root[int(top[sample])] / sum(root.values())
+        split = float(tempered[1][sample] / tempered[1][same].sum())
+        expected[oracle.tree_at(trees, 0, sample)] = share * split
+    torch.manual_seed(0)
+    z = policy.sample(condition, 8_000, Behaviour(temperature=2.0)).z
+    assert p_value(count_trees(z, 0), expected) > 1e-3
+    old, _ = policy.regrow(condition, trees, 3, temperature=2.0)
+    found = {
+        oracle.tree_at(trees, 0, sample): value
+        for sample, value in enumerate(old.log_forward.sum(0)[0].exp().tolist())
+    }
+    assert found == pytest.approx(expected)
+    z = policy.sample(condition, 8_000, Behaviour(epsilon=1.0)).z
+    uniform = dict.fromkeys(expected, 1 / len(expected))
+    assert p_value(count_trees(z, 0), uniform) > 1e-3
+
+
+@pytest.mark.parametrize("latent", LATENTS)
+def test_weights_are_unbiased_for_the_likelihood(latent):
+    model, policy = FixedNCFG(latent, seed=3), make_policy(latent, "relaxation")
+    x = sentences([4, 3])
+    trees = every_labelled(x)
+    paths = policy.retrace(policy.condition(model, x), trees)
+    log_likelihood = model.log_likelihood(x)
+    assert log_likelihood is not None
+    for index in range(2):
+        unique = {oracle.tree_at(trees, index, s): s for s in range(trees.start.shape[1])}
+        rows = torch.tensor(list(unique.values()))
+        log_q = paths.log_forward[:, index, rows].sum(0)
+        total = (log_q + paths.log_weights[index, rows]).logsumexp(0)
+        torch.testing.assert_close(total, log_likelihood[index])
+
+
+@pytest.mark.parametrize("latent", LATENTS)
+@pytest.mark.parametrize("guide", GUIDES)
+def test_regrowing_leaves_the_posterior_invariant(latent, guide):
+    """Back-and-forth moves of exact draws are exact draws."""
+    model, policy = FixedNCFG(latent, seed=4), make_policy(latent, guide, noise=0.5).eval()
+    x = sentences([5])
+    torch.manual_seed(0)
+    z = model.sample_posterior(x, 6_000)
+    moves = BackAndForth(steps=3, depth=4, temperature=1.5)
+    moved = moves(policy, model, x, Latents(z, None)).z
+    enumerate_trees = (
+        annotated_oracle.enumerate_labelled
+        if latent == "labelled"
+        else annotated_oracle.enumerate_shapes
+    )
+    exact = oracle.posterior(enumerate_trees(model.grammar(), words_of(x, 0)))
+    assert p_value(count_trees(moved, 0), exact) > 1e-3
+    assert not torch.equal(moved.start, z.start)
+
+
+def test_regrown_trees_keep_the_choices_before_they_part():
+    model, policy = FixedNCFG("labelled"), make_policy("labelled", "relaxation")
+    x = sentences([6, 4])
+    condition = policy.condition(model, x)
+    z = policy.sample(condition, 50).z
+    for depth in (1, 3, 6):
+        old, new = policy.regrow(condition, z, depth)
+        for index, length in enumerate((6, 4)):
+            keep = max(length - depth, 0)
+            before, after = (
+                paths.record.unflatten(0, (2, 50))[index, :, :keep] for paths in (old, new)
+            )
+            assert torch.equal(before, after)
+            assert (old.log_forward[:keep, index] == 0).all()
+        assert (depth == 1) or not torch.equal(old.record, new.record)
+
+
+@pytest.mark.parametrize("name", ["vargrad", "subtb"])
+def test_torchgfn_recomputes_the_same_scores(name):
+    model, policy = FixedNCFG("labelled"), make_policy("labelled", "relaxation")
+    objective: Any = getattr(objectives, name)(*policy.estimators())
+    x = sentences([5, 3, 2])
+    condition = policy.condition(model, x)
+    paths = policy.sample(condition, 4)
+    trajectories = policy.trajectories(condition, paths)
+    ours = objective.get_pfs_and_pbs(trajectories)
+    theirs = objective.get_pfs_and_pbs(trajectories, recalculate_all_logprobs=True)
+    for one, other in zip(ours, theirs, strict=True):
+        assert isinstance(one, Tensor)
+        torch.testing.assert_close(one, other.view_as(one))
+
+
+def test_torchgfn_s_sampler_draws_from_the_policy():
+    model, policy = FixedNCFG("labelled"), make_policy("labelled", "relaxation", noise=0.5)
+    x = sentences([4, 3])
+    condition = policy.condition(model, x)
+    trees = every_labelled(x)
+    paths = policy.retrace(condition, trees)
+    env = policy.trajectories(condition, paths).env
+    rows = torch.arange(2).repeat_interleave(4_000)
+    start = env.reset(batch_shape=(len(rows),), conditions=rows[:, None].double())
+    torch.manual_seed(0)
+    forward, _ = policy.estimators()
+    trajectories: Any = Sampler(forward).sample_trajectories(env, states=start)
+    choices = paths.record.unflatten(0, (2, -1)).tolist()
+    q = paths.log_forward.sum(0).exp().tolist()
+    for row in range(2):
+        ends = trajectories.terminating_states.tensor[rows == row].tolist()
+        probability = dict(zip(map(tuple, choices[row]), q[row], strict=True))
+        assert p_value(Counter(map(tuple, ends)), probability) > 1e-3
+
+
+def test_parents_are_counted():
+    model, x = FixedNCFG("labelled"), sentences([2, 2])
+    policy = ChartPolicy(NONTERMINALS, 3, 8, "labelled")
+    z = policy.sample(policy.condition(model, x), 5).z
+    assert z.labels is not None
+    counts = z.labels.flatten().bincount(minlength=2).double()
+    # Two words have a root alone, whose context is S.
+    assert policy.usage.tolist() == [[0, 0, counts[0]], [0, 0, counts[1]]]
+    policy.sample(policy.condition(model, x), 5)
+    assert policy.usage.sum().item() == pytest.approx(0.95 * 10 + 10)
+    policy.eval().sample(policy.condition(model, x), 5)
+    assert policy.usage.sum().item() == pytest.approx(0.95 * 10 + 10)
+
+
+def test_the_relaxation_averages_rules_over_the_parents_counted():
+    model, x = FixedNCFG("labelled", seed=5), sentences([6, 4])
+    policy = ChartPolicy(NONTERMINALS, 3, 8, "labelled")
+    policy.usage[:] = torch.tensor([[1e9, 0, 0], [0, 1e9, 0]])
+    condition = policy.condition(model, x)
+    p = condition.potentials
+    own = torch.arange(2), torch.arange(2)
+    vectors, scales = inside.inside_scores(
+        p.root,
+        p.rules[own],
+        p.left[:, :, own[0], own[1]],
+        p.right[:, :, own[0], own[1]],
+        p.both[:, :, own[0], own[1]],
+        p.lengths,
+    )
+    for width in (3, 6):
+        for context in range(3):
+            torch.testing.assert_close(
+                condition.vectors.by_end[6, :, 6 - width, context], vectors.by_end[6, :, 6 - width]
+            )
+        torch.testing.assert_close(
+            condition.scales.by_start[0, :, width], scales.by_start[0, :, width]
+        )
+    # Two words are exact under each parent.
+    two = condition.vectors.by_start[1, :, 2] * condition.scales.by_start[1, :, 2, None, None].exp()
+    torch.testing.assert_close(two, p.both[:, 1].mT)
+
+
+def test_only_for_rules_that_see_the_parent():
+    posterior = GFlowNetPosterior(ChartPolicy(2, 3, 8))
+    model = NeuralPCFG(8, 2, 3, width=4)
+    message = "ChartPolicy is for grammars whose rules see the parent, which NeuralPCFG is not"
+    with pytest.raises(UserError, match=message):
+        EM(model, posterior, toy_english(train_sentences=10), m_steps=1)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"latent": "tree"}, "latent is 'tree'; use 'shape' or 'labelled'"),
+        ({"guide": "best"}, "policy.guide is 'best'; use 'relaxation' or 'exact'"),
+    ],
+)
+def test_options_that_make_no_policy(options, message):
+    with pytest.raises(UserError, match=message):
+        ChartPolicy(2, 3, 8, **options)
