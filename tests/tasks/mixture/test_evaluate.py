@@ -80,10 +80,11 @@ def test_a_fixed_model_is_selected_by_the_gap():
 
 
 def test_divergences_and_noise_are_told_where_they_are_asked_for():
-    data, model, posterior = make_data(), make_model(), GFlowNetPosterior(make_policy())
+    data, model, policy = make_data(), make_model(), make_policy()
+    posterior = GFlowNetPosterior(policy)
     metrics = MixtureEvaluator(data, divergences=True, gradient_e_steps=3)(model, posterior, "test")
     p = log_joint_table(model, data.test).softmax(-1).double()
-    q = torch.tensor([list(of_x.values()) for of_x in q_tables(posterior.policy, model, data.test)])
+    q = torch.tensor([list(of_x.values()) for of_x in q_tables(policy, model, data.test)])
     kl = (p * (p / q).log()).sum(-1).mean(), (q * (q / p).log()).sum(-1).mean()
     assert metrics["test/kl_p_q"] == pytest.approx(float(kl[0]), abs=1e-6)
     assert metrics["test/kl_q_p"] == pytest.approx(float(kl[1]), abs=1e-6)
