@@ -201,7 +201,7 @@ def text(name: str, values: np.ndarray) -> str:
             return "never"
         shown = f"{median:.0f}" if math.isfinite(median) else "never"
         return shown if reached == len(values) else f"{shown} ({reached} of {len(values)})"
-    digits = 3 if name in FROM_SUMMARY else 1
+    digits = 3 if name in FROM_SUMMARY else 2
     deviation = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
     return f"{values.mean():.{digits}f}{deviation}"
 
