@@ -42,6 +42,11 @@ def compose(overrides: Sequence[str], folder: Path | None = None) -> DictConfig:
 
     Raises UserError for overrides that cannot be read or that nothing takes.
     """
+    return _compose(config_folder(), _checked(overrides, folder))
+
+
+def _checked(overrides: Sequence[str], folder: Path | None) -> list[str]:
+    """The overrides of a new run, and where more configuration files are."""
     groups = groups_in(config_folder())
     if folder is not None:
         if not folder.is_dir():
@@ -50,9 +55,8 @@ def compose(overrides: Sequence[str], folder: Path | None = None) -> DictConfig:
             groups[group] = {**groups.get(group, {}), **options}
     for override in overrides:
         _check(_parsed(override), override, groups)
-    if folder is not None:
-        overrides = [f"hydra.searchpath=['file://{folder.resolve()}']", *overrides]
-    return _compose(config_folder(), overrides)
+    searched = [] if folder is None else [f"hydra.searchpath=['file://{folder.resolve()}']"]
+    return [*searched, *overrides]
 
 
 def compose_stored(run: Path, overrides: Sequence[str]) -> DictConfig:
@@ -67,19 +71,27 @@ def compose_stored(run: Path, overrides: Sequence[str]) -> DictConfig:
     return config
 
 
+def combinations(overrides: Sequence[str], folder: Path | None = None) -> list[list[str]]:
+    """The overrides of every job of a sweep, `seed=1,2,3 posterior=exact,gflownet`.
+
+    What an experiment sweeps over by itself, its `hydra.sweeper.params`, comes in addition; what is
+    given counts more.
+    """
+    return [
+        job
+        for given in _products(overrides)
+        for job in _products([*_swept_by_itself(given, folder), *given])
+    ]
+
+
 def sweep(
     overrides: Sequence[str], folder: Path | None = None
 ) -> list[tuple[list[str], DictConfig]]:
-    """Overrides and configuration of every job of a sweep, `seed=1,2,3 posterior=exact,gflownet`.
+    """Overrides and configuration of every job of a sweep, as `combinations` has them.
 
     Job number n runs in the folder n of the sweep's `run_dir`.
     """
-    try:
-        parsed = [_parsed(override) for override in overrides]
-        batches = BasicSweeper.split_arguments(parsed, None)
-    except HydraException as error:
-        raise UserError(_line(error)) from None
-    jobs = [(list(job), compose(job, folder)) for batch in batches for job in batch]
+    jobs = [(job, compose(job, folder)) for job in combinations(overrides, folder)]
     for number, (_, config) in enumerate(jobs):
         # So that ${now:} in `run_dir` is the same in all of them.
         OmegaConf.copy_cache(jobs[0][1], config)
@@ -87,10 +99,37 @@ def sweep(
     return jobs
 
 
+def _products(overrides: Sequence[str]) -> list[list[str]]:
+    """One value of each override; of several for the same option the last counts."""
+    try:
+        batches = BasicSweeper.split_arguments([_parsed(o) for o in overrides], None)
+    except HydraException as error:
+        raise UserError(_line(error)) from None
+    return [list(job) for batch in batches for job in batch]
+
+
+def _swept_by_itself(overrides: Sequence[str], folder: Path | None) -> list[str]:
+    """What the experiment of a job sweeps over, as overrides."""
+    if not any(override.startswith("experiment=") for override in overrides):
+        return []
+    config = _hydra_compose(config_folder(), _checked(overrides, folder), with_hydra=True)
+    return [f"{key}={values}" for key, values in (config.hydra.sweeper.params or {}).items()]
+
+
 def _compose(folder: Path, overrides: Sequence[str]) -> DictConfig:
+    config = _hydra_compose(folder, overrides)
+    _drop_parts_not_chosen(config, overrides)
+    _check_m_step(config, overrides)
+    return config
+
+
+def _hydra_compose(folder: Path, overrides: Sequence[str], with_hydra: bool = False) -> DictConfig:
+    """with_hydra: keep what Hydra says of itself."""
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(folder)):
-            config = hydra_compose("config", overrides=list(overrides))
+            return hydra_compose(
+                "config", overrides=list(overrides), return_hydra_config=with_hydra
+            )
     except (HydraException, OmegaConfBaseException) as error:
         unknown = re.match("Could not override '([^']+)'", str(error))
         if unknown:
@@ -98,9 +137,6 @@ def _compose(folder: Path, overrides: Sequence[str]) -> DictConfig:
                 f"{unknown[1]} is no option of this configuration: gfnem --cfg prints all of them"
             ) from None
         raise UserError(_line(error)) from None
-    _drop_parts_not_chosen(config, overrides)
-    _check_m_step(config, overrides)
-    return config
 
 
 def _drop_parts_not_chosen(config: DictConfig, overrides: Sequence[str]) -> None:

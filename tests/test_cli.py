@@ -22,6 +22,7 @@ from gfnem.cli import main
 from gfnem.em import EM
 from gfnem.tasks.discrete_vae.evaluate import DiscreteVAEEvaluator
 from gfnem.tasks.grammar.evaluate import GrammarEvaluator
+from gfnem.tasks.mixture.evaluate import MixtureEvaluator
 
 GFLOWNET = ["schedule.warmup_e_steps=2", "policy.width=8"]
 
@@ -133,6 +134,22 @@ class TestTrain:
         assert main([*tiny, *jobs]) == 2
         assert "posterior.samples is 0" in capsys.readouterr().err
         assert Path("sweep/1/summary.json").exists()
+
+    def test_multirun_of_an_experiment_that_says_what_it_sweeps_over(
+        self, tiny: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        Path("mine/experiment").mkdir(parents=True)
+        swept = "hydra: {sweeper: {params: {seed: '3,4', objective: 'tb,vargrad'}}}\n"
+        Path("mine/experiment/both.yaml").write_text(f"# @package _global_\n{swept}")
+        given = ["-m", *tiny, "--config-dir", "mine", "experiment=both", "em.m_steps=1"]
+        # What is given counts more.
+        assert main([*given, "objective=db", "run_dir=sweep"]) == 0
+        configs = [yaml.safe_load(Path(f"sweep/{n}/config.yaml").read_text()) for n in (0, 1)]
+        assert sorted(os.listdir("sweep")) == ["0", "1"]
+        assert [config["seed"] for config in configs] == [3, 4]
+        assert {config["objective"]["_target_"] for config in configs} == {"gfnem.objectives.db"}
+        assert all("hydra" not in config for config in configs)
+        assert "job 1 of 2: seed=3 objective=db" in capsys.readouterr().out.replace("  ", " ")
 
     def test_cfg_prints_what_would_be_stored(
         self, trained: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]
@@ -647,3 +664,34 @@ class TestRatePosterior:
 
     def test_needs_a_model(self, tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         assert "model_from" in failing([*tiny, "experiment=rate_posterior", "em.m_steps=0"], capsys)
+
+
+class TestObjectives:
+    """Studies of objectives: posteriors of models that begin at the truth, and stay there."""
+
+    FEW = {
+        "objectives": ["data.train_points=40", "data.valid_points=8", "data.test_points=8"],
+        "objectives_grammar": [
+            "data.train_sentences=40",
+            "data.valid_sentences=8",
+            "data.test_sentences=8",
+        ],
+    }
+
+    @pytest.mark.parametrize("experiment", FEW)
+    def test_a_run(self, experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        for evaluator in (GrammarEvaluator, MixtureEvaluator):
+            monkeypatch.setattr(evaluator, "report", lambda *arguments: None)
+        given = [f"experiment={experiment}", *self.FEW[experiment], "em.max_e_steps=4"]
+        steps = ["em.evaluate_every=2", "posterior.behaviour.epsilon=0.1", "run_dir=run"]
+        assert main([*given, *steps, "device=cpu"]) == 0
+        summary = json.loads(Path("run/summary.json").read_text())
+        assert (summary["train/m_steps"], summary["train/e_steps"]) == (0, 4)
+        assert summary["test/kl_q_p"] > 0 and summary["test/kl_p_q"] > 0
+        assert summary["test/modes"] > 1 and summary["train/gradient_noise"] > 0
+        first, last = (state_of(Path("run"), which)["model"] for which in ("best", "last"))
+        assert_same(first, last)
+
+    def test_a_mixture_that_is_not_the_truth(self, capsys: pytest.CaptureFixture[str]) -> None:
+        few = [*self.FEW["objectives"], "model.start=points"]
+        assert "model_from=RUN" in failing(["experiment=objectives", *few], capsys)

@@ -52,6 +52,13 @@ MIXTURES = {
     ("data", "sampled"),
     ("data", "points"),
     ("experiment", "published_mixture"),
+    ("experiment", "objectives"),
+}
+# What belongs to the data that the model draws.
+DRAWN = {
+    ("data", "random_grammar"),
+    ("model", "random_pcfg"),
+    ("experiment", "objectives_grammar"),
 }
 FILES = {"bracketed": 20 * TREE, "text": 20 * "the old king saw a cat\n"}
 
@@ -80,6 +87,11 @@ def test_option(
         if option == "points":
             Path("points.csv").write_text(10 * "1,2\n3.5,-4\n")
             overrides.append("data.file=points.csv")
+    elif (group, option) in DRAWN:
+        few = [f"data.{split}_sentences=8" for split in ("train", "valid", "test")]
+        overrides = ["device=cpu", f"{group}={option}", *few, "policy.width=8"]
+        if group == "model":
+            overrides.append("data=random_grammar")
     elif group == "data" and option != "toy_english":
         overrides = ["device=cpu", *tiny_run, f"data={option}"]
         if option in FILES:
@@ -148,7 +160,7 @@ def test_objectives_are_of_all_tasks(
 
 
 def test_every_option_is_composed_with_its_task() -> None:
-    assert set(OPTIONS) >= IMAGES | MIXTURES
+    assert set(OPTIONS) >= IMAGES | MIXTURES | DRAWN
 
 
 def test_what_mean_field_is_depends_on_the_task(

@@ -41,8 +41,7 @@ class GrammarModel(TractableModel):
         tries: int = 4,
     ):
         super().__init__()
-        if latent not in ("shape", "labelled"):
-            raise UserError(f"latent is {latent!r}; use 'shape' or 'labelled'")
+        check_latent(latent)
         check_positive(tries=tries)
         self.latent = latent
         self.max_length = max_length
@@ -143,6 +142,12 @@ class ParsingModel(GrammarModel, PriorModel):
         z = inside.sample(potentials, samples, labelled=self.latent == "labelled")
         log_joint = self.log_joint_given(potentials, z)
         return z, log_joint - inside.log_partition(potentials)[:, None]
+
+
+def check_latent(latent: str) -> None:
+    """Raises UserError for what is no kind of latent."""
+    if latent not in ("shape", "labelled"):
+        raise UserError(f"latent is {latent!r}; use 'shape' or 'labelled'")
 
 
 def check_positive(**options: int) -> None:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-# Standard deviation of every component, in every dimension.
+# Standard deviation of every component, in every dimension, unless told otherwise.
 DEVIATION = 0.25
 
 

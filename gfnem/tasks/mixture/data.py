@@ -52,6 +52,18 @@ class Points:
         return Points(self.values[index], self.ids[index])
 
 
+@dataclass(frozen=True)
+class Truth:
+    """The mixture that points were drawn from.
+
+    deviation: of every component, in every dimension.
+    """
+
+    means: Float[Tensor, "superclusters dimensions"]
+    petals: int
+    deviation: float
+
+
 class PointData:
     """Training, validation and test points.
 
@@ -59,7 +71,7 @@ class PointData:
         closed form want.
     seed: of the order of the training points.
     name: of the source.
-    means: of the superclusters that the points were drawn from; None where nobody knows.
+    truth: what the points were drawn from; None where nobody knows.
     """
 
     def __init__(
@@ -70,13 +82,13 @@ class PointData:
         batch_size: int | None = None,
         seed: int = 0,
         name: str = "points",
-        means: Float[Tensor, "superclusters dimensions"] | None = None,
+        truth: Truth | None = None,
     ):
         self.train, self.valid, self.test = train, valid, test
         self.batch_size = batch_size
         self.seed = seed
         self.name = name
-        self.means = means
+        self.truth = truth
 
     def split(self, name: SplitName) -> Points:
         return {"train": self.train, "valid": self.valid, "test": self.test}[name]
@@ -115,6 +127,7 @@ def sampled(
     petals: int = 4,
     dimensions: int = 2,
     spacing: float = 2 * math.sqrt(2),
+    deviation: float = DEVIATION,
     train_points: int = 4000,
     valid_points: int = 1000,
     test_points: int = 1000,
@@ -127,6 +140,7 @@ def sampled(
     spacing: of the superclusters, in multiples of the petals' distance from their middle. With four
         petals and sqrt(2), petals of neighbours lie on top of each other: p(z | x) has up to four
         modes, which are equally good.
+    deviation: standard deviation of every component, in every dimension.
     train_points, valid_points, test_points: how many.
     batch_size: of the training batches; None for one batch of all points.
     seed: of the points and of the order of the training points.
@@ -142,19 +156,22 @@ def sampled(
         ("test_points", test_points, 1),
     ):
         _check_least(name, value, least)
-    if not spacing > 0:
-        raise UserError(f"data.spacing is {spacing}; it must be positive")
+    for name, value in (("spacing", spacing), ("deviation", deviation)):
+        if not value > 0:
+            raise UserError(f"data.{name} is {value}; it must be positive")
     _check_batch_size(batch_size)
     generator = torch.Generator().manual_seed(seed)
     count = train_points + valid_points + test_points
     means = lattice(superclusters, dimensions, spacing)
     mean = means[torch.randint(superclusters, (count,), generator=generator)]
     offset = petal_offsets(petals, dimensions)[torch.randint(petals, (count,), generator=generator)]
-    values = mean + offset + DEVIATION * torch.randn(count, dimensions, generator=generator)
+    values = mean + offset + deviation * torch.randn(count, dimensions, generator=generator)
     train, valid, test = map(
         Points.numbered, values.split([train_points, valid_points, test_points])
     )
-    return PointData(train, valid, test, batch_size, seed, "sampled", means)
+    return PointData(
+        train, valid, test, batch_size, seed, "sampled", Truth(means, petals, deviation)
+    )
 
 
 def lattice(

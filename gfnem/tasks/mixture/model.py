@@ -25,22 +25,31 @@ START_SCALE = 0.25
 
 class HierarchicalMixture(TractableModel, ClosedFormModel, FactorisedModel, PriorModel):
     """p(z) uniform over components z = (supercluster i, petal j), p(x | z) normal with mean
-    means[i] + offsets[j] and the covariance DEVIATION^2 I.
+    means[i] + offsets[j] and the covariance deviation^2 I.
 
     Of all this the means of the superclusters alone are learned; see `petal_offsets`.
 
     means: where they start; two dimensions at least.
     petals: of each supercluster.
+    deviation: standard deviation of every component, in every dimension.
     """
 
     start: Float[Tensor, "superclusters dimensions"]
     offsets: Float[Tensor, "petals dimensions"]
 
-    def __init__(self, means: Float[Tensor, "superclusters dimensions"], petals: int = 4):
+    def __init__(
+        self,
+        means: Float[Tensor, "superclusters dimensions"],
+        petals: int = 4,
+        deviation: float = DEVIATION,
+    ):
         super().__init__()
         for name, value in (("superclusters", len(means)), ("petals", petals)):
             if value < 1:
                 raise UserError(f"model.{name} is {value}; it must be at least 1")
+        if not deviation > 0:
+            raise UserError(f"model.deviation is {deviation}; it must be positive")
+        self.deviation = deviation
         self.superclusters, self.dimensions = means.shape
         self.petals = petals
         self.means = nn.Parameter(means.clone())
@@ -61,8 +70,8 @@ class HierarchicalMixture(TractableModel, ClosedFormModel, FactorisedModel, Prio
     ) -> Float[Tensor, "*batch"]:
         """log p(x, z) of x - E[x | z]."""
         log_prior = -math.log(self.superclusters * self.petals)
-        log_normaliser = self.dimensions * math.log(DEVIATION * math.sqrt(2 * math.pi))
-        return log_prior - log_normaliser - difference.square().sum(-1) / (2 * DEVIATION**2)
+        log_normaliser = self.dimensions * math.log(self.deviation * math.sqrt(2 * math.pi))
+        return log_prior - log_normaliser - difference.square().sum(-1) / (2 * self.deviation**2)
 
     def log_likelihood(self, x: Points) -> Float[Tensor, "batch"]:
         return self.log_joint_all(x).flatten(1).logsumexp(-1)
@@ -121,7 +130,7 @@ class HierarchicalMixture(TractableModel, ClosedFormModel, FactorisedModel, Prio
         z = self._uniform(n, 1, generator)
         center = (self.means[z.supercluster] + self.offsets[z.petal])[:, 0]
         noise = torch.randn(center.shape, generator=generator, dtype=center.dtype, device=device)
-        return Points(center + DEVIATION * noise, torch.full((n,), -1, device=device)), z
+        return Points(center + self.deviation * noise, torch.full((n,), -1, device=device)), z
 
     @property
     def parts(self) -> tuple[int, int]:
@@ -144,6 +153,7 @@ def starting_at(
     superclusters: int = 4,
     petals: int = 4,
     start: Literal["normal", "points", "truth"] = "normal",
+    deviation: float = DEVIATION,
 ) -> HierarchicalMixture:
     """A mixture for some data.
 
@@ -151,14 +161,14 @@ def starting_at(
         "points", at training points drawn without replacement, torch's random numbers say where, as
         for "normal"; or "truth", where they were when the data was drawn.
 
-    Raises UserError for an option out of its range, and for "truth" where it is unknown or of
-    another number of superclusters.
+    Raises UserError for an option out of its range, and for "truth" where that is unknown or has
+    other sizes than the model.
     """
     values = data.train.values
     if start not in ("normal", "points", "truth"):
         raise UserError(f"model.start is {start!r}; use 'normal', 'points' or 'truth'")
     if start == "truth":
-        return _truth(data, superclusters, petals)
+        return _truth(data, superclusters, petals, deviation)
     if start == "points" and superclusters > len(values):
         raise UserError(
             f"model.superclusters is {superclusters}; with model.start=points it can be at most "
@@ -171,19 +181,26 @@ def starting_at(
     else:
         noise = torch.randn(superclusters, values.shape[1]).to(values)
         means = data.center + START_SCALE * data.spread * noise
-    return HierarchicalMixture(means, petals)
+    return HierarchicalMixture(means, petals, deviation)
 
 
-def _truth(data: PointData, superclusters: int, petals: int) -> HierarchicalMixture:
-    if data.means is None:
+def _truth(
+    data: PointData, superclusters: int, petals: int, deviation: float
+) -> HierarchicalMixture:
+    truth = data.truth
+    if truth is None:
         raise UserError(
             f"model.start=truth: nobody knows what {data.name} was drawn from; use data=sampled"
         )
-    if len(data.means) != superclusters:
-        raise UserError(
-            f"model.superclusters is {superclusters}, but model.start=truth has {len(data.means)}: "
-            "take as many as data.superclusters"
-        )
-    model = HierarchicalMixture(data.means, petals)
+    for name, given, true in (
+        ("superclusters", superclusters, len(truth.means)),
+        ("petals", petals, truth.petals),
+        ("deviation", deviation, truth.deviation),
+    ):
+        if given != true:
+            raise UserError(
+                f"model.{name} is {given}, but model.start=truth needs that of the data: {true}"
+            )
+    model = HierarchicalMixture(truth.means, petals, deviation)
     model.is_truth = True
     return model

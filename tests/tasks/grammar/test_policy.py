@@ -536,7 +536,7 @@ def test_the_table_has_every_shape(kind: str):
     env: Any = policy.trajectories(condition, policy.sample(condition, 1)).env
     forward: Any = policy.estimators()[0]
     for row, length in enumerate(LENGTHS):
-        log_joint: Any = oracle.enumerate_shapes(GRAMMAR, words_of(x, row))
+        log_joint: dict[Any, float] = oracle.enumerate_shapes(GRAMMAR, words_of(x, row))
         ends = StateGraph.of(env, length, row).ends(forward)
         expected = sorted((log_joint[tree], log(q)) for tree, q in ends.items())
         exists = table.log_q[row].isfinite()

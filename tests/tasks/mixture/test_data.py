@@ -57,8 +57,8 @@ def test_lattices_and_petals_of_other_sizes():
 def test_petals_of_neighbours_can_coincide():
     """Four superclusters sqrt(2) apart: 16 petals at 9 places, 4 of them in the middle."""
     data = sampled(spacing=sqrt(2), train_points=3000)
-    assert data.means is not None
-    centers = (data.means[:, None] + petal_offsets(4, 2)).flatten(0, 1).numpy().round(4) + 0.0
+    assert data.truth is not None
+    centers = (data.truth.means[:, None] + petal_offsets(4, 2)).flatten(0, 1).numpy().round(4) + 0.0
     places, count = np.unique(centers, axis=0, return_counts=True)
     assert sorted(count) == [1, 1, 1, 1, 2, 2, 2, 2, 4]
     assert places[count == 4].tolist() == [[0, 0]]
@@ -66,6 +66,11 @@ def test_petals_of_neighbours_can_coincide():
     # Each place has as many points as petals.
     near = np.bincount(distance.argmin(1), minlength=9) / 3000
     np.testing.assert_allclose(near, count / 16, atol=0.03)
+
+
+def test_points_scatter_as_they_are_told():
+    values = sampled(1, 1, deviation=0.5, train_points=4000).train.values
+    assert values.std(0).tolist() == pytest.approx([0.5, 0.5], rel=0.05)
 
 
 def test_points_depend_on_the_seed_alone():
@@ -166,6 +171,7 @@ def test_files_that_hold_no_points(name, make, message, tmp_path: Path):
         (sampled, {"valid_points": 0}, "data.valid_points is 0; it must be at least 1"),
         (sampled, {"test_points": 0}, "data.test_points is 0; it must be at least 1"),
         (sampled, {"spacing": 0.0}, "data.spacing is 0.0; it must be positive"),
+        (sampled, {"deviation": 0.0}, "data.deviation is 0.0; it must be positive"),
         (sampled, {"batch_size": 0}, "data.batch_size is 0; it must be at least 1"),
         (points, {"file": "a.csv", "batch_size": 0}, "data.batch_size is 0; it must be at least 1"),
         (

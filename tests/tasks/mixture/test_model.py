@@ -153,13 +153,30 @@ def test_means_start_where_they_are_told():
 
 
 def test_a_mixture_may_begin_at_the_truth_of_its_data():
-    data = sampled(superclusters=3, train_points=3)
-    model = starting_at(data, 3, 4, "truth")
+    data = sampled(superclusters=3, deviation=0.5, train_points=3)
+    model = starting_at(data, 3, 4, "truth", 0.5)
     assert model.is_truth and model.means.equal(lattice(3, 2))
-    assert not starting_at(data, 3, 4, "points").is_truth
-    message = "^model.superclusters is 2, but model.start=truth has 3: take as many as data.super"
-    with pytest.raises(UserError, match=message):
-        starting_at(data, 2, 4, "truth")
+    assert not starting_at(data, 3, 4, "points", 0.5).is_truth
+    for (superclusters, petals, deviation), name, given, true in (
+        ((2, 4, 0.5), "superclusters", 2, 3),
+        ((3, 2, 0.5), "petals", 2, 4),
+        ((3, 4, 0.25), "deviation", 0.25, 0.5),
+    ):
+        message = f"model.{name} is {given}, but model.start=truth needs that of the data: {true}"
+        with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+            starting_at(data, superclusters, petals, "truth", deviation)
+
+
+def test_components_are_as_wide_as_they_are_told():
+    model, wide = make_model(), HierarchicalMixture(make_model().means.detach(), deviation=0.5)
+    x, twice = points(3), Points(2 * points(3).values, points(3).ids)
+    with torch.no_grad():
+        wide.means.mul_(2)
+        wide.offsets.mul_(2)
+    torch.testing.assert_close(wide.log_joint_all(twice), model.log_joint_all(x) - 2 * log(2))
+    drawn, z = wide.sample(4000)
+    center = (wide.means[z.supercluster] + wide.offsets[z.petal])[:, 0]
+    assert float((drawn.values - center).std().detach()) == pytest.approx(0.5, rel=0.05)
 
 
 def test_the_start_is_kept_where_the_means_move():
@@ -176,6 +193,7 @@ def test_the_start_is_kept_where_the_means_move():
     "options, message",
     [
         ({"superclusters": 0}, "model.superclusters is 0; it must be at least 1"),
+        ({"deviation": 0.0}, "model.deviation is 0.0; it must be positive"),
         ({"petals": 0}, "model.petals is 0; it must be at least 1"),
         ({"start": "here"}, "model.start is 'here'; use 'normal', 'points' or 'truth'"),
         (
