@@ -158,7 +158,10 @@ class MCMC(Posterior):
 class Gibbs(Moves):
     """For every `FactorisedModel`: one part of z after the other is drawn given the others.
 
-    A transition goes through all parts once. x has `select`, and z has possible values only.
+    A transition goes through all parts once. Before, it proposes new values of all parts together,
+    drawn uniformly, and takes them with probability min(1, p(x, z') / p(x, z)): part by part alone,
+    chains would stay with an explanation of x where better ones differ in several parts. x has
+    `select`, and no value of z is impossible.
     """
 
     def condition(self, model: LatentVariableModel, x: Any) -> tuple[FactorisedModel, Any]:
@@ -173,9 +176,7 @@ class Gibbs(Moves):
         self, condition: tuple[FactorisedModel, Any], chains: int
     ) -> Int[Tensor, "batch chains parts"]:
         model, x = condition
-        size = len(x.ids), chains
-        each = [torch.randint(values, size, device=x.ids.device) for values in model.parts]
-        return torch.stack(each, -1)
+        return _uniform(model, x, chains)
 
     def walk(
         self,
@@ -185,21 +186,34 @@ class Gibbs(Moves):
     ) -> Int[Tensor, "batch chains parts"]:
         model, x = condition
         rows = torch.arange(len(state), device=state.device).repeat_interleave(state.shape[1])
-        x = x.select(rows)
-        # With the others known for sure, E[log p(x, z)] over them is that of their values.
+        x, index = x.select(rows), state.flatten(0, 1)
         like = next(model.parameters())
-        q = [
-            functional.one_hot(value, values).to(like)
-            for value, values in zip(state.flatten(0, 1).unbind(-1), model.parts, strict=True)
-        ]
         for _ in range(steps):
+            proposed = _uniform(model, x, 1).squeeze(1)
+            log_joint = model.log_joint(x, model.latents(torch.stack([proposed, index], 1)))
+            log_accept = log_joint[:, 0] - log_joint[:, 1]
+            accept = torch.rand_like(log_accept).log() < log_accept
+            index = torch.where(accept[:, None], proposed, index)
+            # With the others known for sure, E[log p(x, z)] over them is that of their values.
+            q = [
+                functional.one_hot(value, values).to(like)
+                for value, values in zip(index.unbind(-1), model.parts, strict=True)
+            ]
             for part, values in enumerate(model.parts):
                 p = model.expected_log_joint_of(x, q, part).softmax(-1)
                 q[part] = functional.one_hot(sample_categorical(p), values).to(like)
-        return torch.stack([known.argmax(-1) for known in q], -1).view_as(state)
+            index = torch.stack([known.argmax(-1) for known in q], -1)
+        return index.view_as(state)
 
     def latents(
         self, condition: tuple[FactorisedModel, Any], state: Int[Tensor, "batch chains parts"]
     ) -> Any:
         model, _ = condition
         return model.latents(state)
+
+
+def _uniform(model: FactorisedModel, x: Any, chains: int) -> Int[Tensor, "batch chains parts"]:
+    """Values of all parts, each as likely."""
+    size = len(x.ids), chains
+    each = [torch.randint(values, size, device=x.ids.device) for values in model.parts]
+    return torch.stack(each, -1)
