@@ -492,7 +492,7 @@ MISTAKES = [
     (["seed=0", "~seed"], "'~seed' is not of the form key=value"),
     (["~seed=0"], "~seed=0: options can be changed, not removed"),
     (["hydra.run.dir=x"], "hydra.run.dir=x: there is nothing of Hydra's own to set"),
-    (["policy=nosuch"], "policy=nosuch: policy is one of grid, light, mixture, root_flow"),
+    (["policy=nosuch"], "policy=nosuch: policy is one of chart, grid, light, mixture, root_flow"),
     (["refinement=null"], "refinement=null: refinement is one of"),
     (["=3"], "'=3' is not of the form key=value"),
     (["em.m_steps=[1"], "'em.m_steps=[1' is not of the form key=value"),
