@@ -15,14 +15,8 @@ from torch.nn import functional
 
 from gfnem.categorical import sample_categorical
 from gfnem.errors import UserError
-from gfnem.objectives import ScoredTrajectories
-from gfnem.posteriors.gflownet import (
-    ON_POLICY,
-    Behaviour,
-    Paths,
-    Policy,
-    trajectories_of_choices,
-)
+from gfnem.posteriors.gflownet import Behaviour
+from gfnem.posteriors.sequence import SequencePolicy
 from gfnem.tasks.discrete_vae.causal import CausalLinear
 from gfnem.tasks.discrete_vae.codes import Codes, distinct
 from gfnem.tasks.discrete_vae.data import Images
@@ -54,7 +48,7 @@ class GridCondition:
         return GridCondition(self.x.select(rows), self.model, self.base[rows], self.given[rows])
 
 
-class GridPolicy(Policy):
+class GridPolicy(SequencePolicy):
     """Fills a grid in raster order; the encoder runs once for each image.
 
     The logits of a code are those that the encoder gives it from the image alone and, with
@@ -89,7 +83,7 @@ class GridPolicy(Policy):
         precision: Precision = "float32",
         compile: bool = False,
     ):
-        super().__init__()
+        super().__init__(steps=grid[0] * grid[1])
         for name, value, least in (
             ("encoder_width", encoder_width, 1),
             ("blocks", blocks, 0),
@@ -103,7 +97,7 @@ class GridPolicy(Policy):
             )
         check_precision("policy", precision)
         self.precision: Precision = precision
-        self.positions = grid[0] * grid[1]
+        self.positions = self.steps
         self.codes = codes
         self.embedding = embedding
         self.logits = logits
@@ -126,7 +120,15 @@ class GridPolicy(Policy):
             nn.init.zeros_(self.correct.bias)
         self.flow = nn.Linear(hidden, 1)
         self.last_condition: GridCondition | None = None
-        self._envs: dict[str, GridEnv] = {}
+
+    def make_env(self, device: torch.device) -> GridEnv:
+        return GridEnv(self.steps, self.codes, device)
+
+    def actions(self, choices: Int[Tensor, "rows positions"]) -> Int[Tensor, "rows positions"]:
+        return choices
+
+    def latents(self, index: Int[Tensor, "batch samples positions"]) -> Codes:
+        return Codes(index)
 
     def features(self, x: Images) -> Float[Tensor, "batch positions encoder_width"]:
         """The encoder's features of each position of the grid."""
@@ -232,52 +234,6 @@ class GridPolicy(Policy):
         one_hot = functional.one_hot(index, self.codes).to(condition.given.dtype)
         return self.correction(one_hot, condition.given[:, None])
 
-    def _paths(
-        self,
-        condition: GridCondition,
-        index: Int[Tensor, "batch samples positions"],
-        temperature: float = 1.0,
-        score_from: int = 0,
-    ) -> Paths:
-        log_q = self._log_probabilities(condition, index, temperature)
-        log_q = torch.cat([log_q, torch.zeros_like(log_q[..., :1])], -1)
-        if score_from:
-            log_q = log_q.index_fill(-1, torch.arange(score_from, device=log_q.device), 0.0)
-        forward = log_q.movedim(-1, 0)
-        codes = Codes(index)
-        with torch.no_grad():
-            log_joint = condition.model.log_joint(condition.x, codes)
-        return Paths(
-            z=codes,
-            log_joint=log_joint,
-            log_forward=forward,
-            log_backward=torch.zeros_like(forward),
-            flows=lambda: self._flows(condition, index, log_joint),
-            record=index,
-        )
-
-    def sample(
-        self, condition: GridCondition, samples: int, behaviour: Behaviour = ON_POLICY
-    ) -> Paths:
-        return self._paths(condition, self._draw(condition, samples, behaviour))
-
-    def retrace(self, condition: GridCondition, z: Codes) -> Paths:
-        return self._paths(condition, z.index)
-
-    def log_forward(self, condition: GridCondition, z: Codes) -> Float[Tensor, "batch samples"]:
-        return self._log_probabilities(condition, z.index).sum(-1)
-
-    @torch.no_grad()
-    def regrow(
-        self, condition: GridCondition, z: Codes, depth: int, temperature: float = 1.0
-    ) -> tuple[Paths, Paths]:
-        keep = max(self.positions - depth, 0)
-        new = self._draw(condition, z.index.shape[1], Behaviour(temperature), z.index[..., :keep])
-        old, grown = (
-            self._paths(condition, index, temperature, score_from=keep) for index in (z.index, new)
-        )
-        return old, grown
-
     def _flows(
         self,
         condition: GridCondition,
@@ -296,16 +252,6 @@ class GridPolicy(Policy):
         none = torch.zeros_like(learned[:1])
         fixed = torch.cat([none, placed[:-1], log_joint.flatten()[None]])
         return torch.cat([learned, none]), fixed
-
-    def trajectories(self, condition: GridCondition, paths: Paths) -> ScoredTrajectories:
-        choices = paths.record.flatten(0, 1)
-        env = self._env(choices.device)
-        return trajectories_of_choices(env, choices, choices.t(), paths)
-
-    def _env(self, device: torch.device) -> GridEnv:
-        if str(device) not in self._envs:
-            self._envs[str(device)] = GridEnv(self.positions, self.codes, device)
-        return self._envs[str(device)]
 
     def estimators(self) -> tuple[GridEstimator, GridEstimator]:
         return GridEstimator(self, is_backward=False), GridEstimator(self, is_backward=True)

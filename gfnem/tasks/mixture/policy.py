@@ -13,15 +13,9 @@ from torch import Tensor, nn
 
 from gfnem.categorical import sample_categorical
 from gfnem.errors import UserError
-from gfnem.objectives import ScoredTrajectories
 from gfnem.posterior import LatentTable
-from gfnem.posteriors.gflownet import (
-    ON_POLICY,
-    Behaviour,
-    Paths,
-    Policy,
-    trajectories_of_choices,
-)
+from gfnem.posteriors.gflownet import Behaviour
+from gfnem.posteriors.sequence import SequencePolicy
 from gfnem.tasks.mixture.components import Components
 from gfnem.tasks.mixture.data import PointData, Points
 from gfnem.tasks.mixture.env import MixtureEnv
@@ -44,7 +38,7 @@ class MixtureCondition:
     flow: Float[Tensor, "batch states"]
 
 
-class MixturePolicy(Policy):
+class MixturePolicy(SequencePolicy):
     """q(i | x) q(j | i, x), from a network that sees the standardised point alone.
 
     data: whose training points say how to standardise.
@@ -56,7 +50,7 @@ class MixturePolicy(Policy):
     spread: Float[Tensor, ""]
 
     def __init__(self, data: PointData, superclusters: int = 4, petals: int = 4, width: int = 64):
-        super().__init__()
+        super().__init__(steps=2)
         if width < 1:
             raise UserError(f"policy.width is {width}; it must be at least 1")
         self.superclusters = superclusters
@@ -74,7 +68,6 @@ class MixturePolicy(Policy):
         self.petal = nn.Linear(width, superclusters * petals)
         self.flow = nn.Linear(width, 1 + superclusters)
         self.last_condition: MixtureCondition | None = None
-        self._envs: dict[str, MixtureEnv] = {}
 
     def condition(self, model: HierarchicalMixture, x: Points) -> MixtureCondition:
         hidden = self.network((x.values - self.center) / self.spread)
@@ -87,16 +80,27 @@ class MixturePolicy(Policy):
         )
         return self.last_condition
 
+    def make_env(self, device: torch.device) -> MixtureEnv:
+        return MixtureEnv(self.superclusters, self.petals, device)
+
+    def actions(self, choices: Int[Tensor, "rows 2"]) -> Int[Tensor, "rows 2"]:
+        supercluster, petal = choices.unbind(-1)
+        return torch.stack([supercluster, self.superclusters + petal], -1)
+
+    def latents(self, index: Int[Tensor, "batch samples 2"]) -> Components:
+        return Components(index)
+
     @torch.no_grad()
     def _draw(
         self,
         condition: MixtureCondition,
         samples: int,
         behaviour: Behaviour,
-        supercluster: Int[Tensor, "batch samples"] | None = None,
+        kept: Int[Tensor, "batch samples before"] | None = None,
     ) -> Int[Tensor, "batch samples 2"]:
-        """Draw components, or petals alone where superclusters are given."""
-        if supercluster is None:
+        if kept is not None and kept.shape[-1]:
+            supercluster = kept[..., 0]
+        else:
             weights = behaviour.probabilities(condition.supercluster)
             supercluster = sample_categorical(weights[:, None].expand(-1, samples, -1))
         weights = behaviour.probabilities(condition.petal)
@@ -108,42 +112,11 @@ class MixturePolicy(Policy):
         condition: MixtureCondition,
         index: Int[Tensor, "batch samples 2"],
         temperature: float = 1.0,
-    ) -> Float[Tensor, "2 batch samples"]:
-        """log q of supercluster and of petal."""
+    ) -> Float[Tensor, "batch samples 2"]:
         supercluster, petal = index.unbind(-1)
         first = (condition.supercluster / temperature).log_softmax(-1).gather(1, supercluster)
         second = (condition.petal / temperature).log_softmax(-1).flatten(1)
-        return torch.stack([first, second.gather(1, supercluster * self.petals + petal)])
-
-    def _paths(
-        self,
-        condition: MixtureCondition,
-        index: Int[Tensor, "batch samples 2"],
-        temperature: float = 1.0,
-        score_from: int = 0,
-    ) -> Paths:
-        log_q = self._log_probabilities(condition, index, temperature)
-        none = torch.zeros_like(log_q[:1])
-        forward = torch.cat([none.expand(score_from, -1, -1), log_q[score_from:], none])
-        z = Components(index)
-        with torch.no_grad():
-            log_joint = condition.model.log_joint(condition.x, z)
-        return Paths(
-            z=z,
-            log_joint=log_joint,
-            log_forward=forward,
-            log_backward=torch.zeros_like(forward),
-            flows=lambda: self._flows(condition, index, log_joint),
-            record=index,
-        )
-
-    def sample(
-        self, condition: MixtureCondition, samples: int, behaviour: Behaviour = ON_POLICY
-    ) -> Paths:
-        return self._paths(condition, self._draw(condition, samples, behaviour))
-
-    def retrace(self, condition: MixtureCondition, z: Components) -> Paths:
-        return self._paths(condition, z.index)
+        return torch.stack([first, second.gather(1, supercluster * self.petals + petal)], -1)
 
     @torch.no_grad()
     def tabulate(self, condition: MixtureCondition) -> LatentTable:
@@ -151,23 +124,6 @@ class MixturePolicy(Policy):
         index = torch.cartesian_prod(*parts).to(condition.x.ids.device)
         paths = self._paths(condition, index.expand(len(condition.x), -1, -1))
         return LatentTable(paths.log_joint, paths.log_forward.sum(0))
-
-    def log_forward(
-        self, condition: MixtureCondition, z: Components
-    ) -> Float[Tensor, "batch samples"]:
-        return self._log_probabilities(condition, z.index).sum(0)
-
-    @torch.no_grad()
-    def regrow(
-        self, condition: MixtureCondition, z: Components, depth: int, temperature: float = 1.0
-    ) -> tuple[Paths, Paths]:
-        keep = max(2 - depth, 0)
-        kept = z.supercluster if keep else None
-        new = self._draw(condition, z.index.shape[1], Behaviour(temperature), kept)
-        old, grown = (
-            self._paths(condition, index, temperature, score_from=keep) for index in (z.index, new)
-        )
-        return old, grown
 
     def _flows(
         self,
@@ -185,17 +141,6 @@ class MixturePolicy(Policy):
         none = torch.zeros_like(log_joint)
         log_prior = torch.full_like(log_joint, self.superclusters).log().neg()
         return learned, torch.stack([none, log_prior, log_joint]).flatten(1)
-
-    def trajectories(self, condition: MixtureCondition, paths: Paths) -> ScoredTrajectories:
-        choices = paths.record.flatten(0, 1)
-        supercluster, petal = choices.unbind(-1)
-        actions = torch.stack([supercluster, self.superclusters + petal])
-        return trajectories_of_choices(self._env(choices.device), choices, actions, paths)
-
-    def _env(self, device: torch.device) -> MixtureEnv:
-        if str(device) not in self._envs:
-            self._envs[str(device)] = MixtureEnv(self.superclusters, self.petals, device)
-        return self._envs[str(device)]
 
     def estimators(self) -> tuple[MixtureEstimator, MixtureEstimator]:
         return MixtureEstimator(self, is_backward=False), MixtureEstimator(self, is_backward=True)
