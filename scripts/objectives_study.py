@@ -251,6 +251,9 @@ def panel(axes: Axes, model: str, name: str, objectives: Sequence[str], results:
             markersize=5,
             label=behaviour,
         )
+    if not any(np.isfinite(line.get_xdata()).any() for line in axes.lines):
+        axes.set_xticks([])
+        axes.text(0.5, 0.5, "never", transform=axes.transAxes, ha="center", fontsize=9)
 
 
 if __name__ == "__main__":
