@@ -106,7 +106,7 @@ class ExactPosterior(Posterior):
             )
         if not model.tractable:
             raise UserError(
-                f"posterior=exact: this {type(model).__name__} has too many latents to enumerate; "
+                f"posterior=exact: this {type(model).__name__} is too large for it; "
                 "make it smaller or use posterior=gflownet"
             )
         return model

@@ -142,7 +142,7 @@ class TooLarge(TractableModel):
 def test_models_too_large_to_enumerate_are_refused(ask, m_step):
     posterior, x = ExactPosterior(m_step), sentences(LENGTHS)
     message = (
-        "^posterior=exact: this TooLarge has too many latents to enumerate; make it smaller or use "
+        "^posterior=exact: this TooLarge is too large for it; make it smaller or use "
         "posterior=gflownet$"
     )
     with pytest.raises(UserError, match=message):

@@ -131,7 +131,7 @@ def test_no_likelihood_of_many_nonterminals():
     few, many = (neural_ncfg(nonterminals=n, rank=2) for n in (40, 41))
     assert few.tractable and few.log_likelihood(x) is not None
     assert not many.tractable and many.log_likelihood(x) is None
-    with pytest.raises(UserError, match="posterior=exact: this NeuralNCFG has too many latents"):
+    with pytest.raises(UserError, match="posterior=exact: this NeuralNCFG is too large for it"):
         EM(many, ExactPosterior(), toy_english(train_sentences=10), m_steps=1)
 
 
