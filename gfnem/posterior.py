@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gfnem.errors import UserError
 from gfnem.model import LatentVariableModel
 
 
@@ -65,8 +66,20 @@ class EStep:
     metrics: Mapping[str, float | Tensor] = field(default_factory=dict)
 
 
+def check_m_step(m_step: str, known: Sequence[str] = ("gradient", "closed")) -> None:
+    """Raises UserError for no way of a posterior to make M-steps."""
+    if m_step not in known:
+        *others, last = map(repr, known)
+        raise UserError(f"posterior.m_step is {m_step!r}; use {', '.join(others)} or {last}")
+
+
 class Posterior(nn.Module, ABC):
-    """q(z | x)."""
+    """q(z | x).
+
+    m_step: how M-steps are made with it; "closed" is to the maximum at once.
+    """
+
+    m_step: str = "gradient"
 
     @property
     def joint(self) -> bool:
@@ -82,7 +95,7 @@ class Posterior(nn.Module, ABC):
 
         Otherwise each is a step along the gradient of `expected_log_joint`.
         """
-        return False
+        return self.m_step == "closed"
 
     def check(self, model: LatentVariableModel) -> None:
         """Raises UserError for a model that this posterior cannot be used with."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gfnem.errors import UserError
 from gfnem.model import LatentVariableModel
-from gfnem.posterior import EStep, Latents, Posterior
+from gfnem.posterior import EStep, Latents, Posterior, check_m_step
 
 
 class TractableModel(LatentVariableModel, ABC):
@@ -49,8 +49,7 @@ class ExactPosterior(Posterior):
         self, m_step: Literal["marginal", "sample", "closed"] = "marginal", samples: int = 4
     ):
         super().__init__()
-        if m_step not in ("marginal", "sample", "closed"):
-            raise UserError(f"posterior.m_step is {m_step!r}; use 'marginal', 'sample' or 'closed'")
+        check_m_step(m_step, ("marginal", "sample", "closed"))
         if samples < 1:
             raise UserError(f"posterior.samples is {samples}; it must be at least 1")
         self.m_step = m_step
@@ -59,10 +58,6 @@ class ExactPosterior(Posterior):
     @property
     def m_step_samples(self) -> int:
         return self.samples
-
-    @property
-    def closed_m_step(self) -> bool:
-        return self.m_step == "closed"
 
     def check(self, model: LatentVariableModel) -> None:
         self._tractable(model)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gfnem.errors import UserError
 from gfnem.model import LatentVariableModel
 from gfnem.objectives import Objective, ScoredTrajectories, WeightedSum, vargrad
-from gfnem.posterior import EStep, Latents, LatentTable, Posterior
+from gfnem.posterior import EStep, Latents, LatentTable, Posterior, check_m_step
 from gfnem.posteriors.refinement import Refinement
 
 
@@ -197,8 +197,7 @@ class GFlowNetPosterior(Posterior):
         m_step: Literal["gradient", "closed"] = "gradient",
     ):
         super().__init__()
-        if m_step not in ("gradient", "closed"):
-            raise UserError(f"posterior.m_step is {m_step!r}; use 'gradient' or 'closed'")
+        check_m_step(m_step)
         if samples < 1:
             raise UserError(f"posterior.samples is {samples}; it must be at least 1")
         if not 0 <= sleep <= 1:
@@ -230,10 +229,6 @@ class GFlowNetPosterior(Posterior):
     @property
     def m_step_samples(self) -> int:
         return self.samples
-
-    @property
-    def closed_m_step(self) -> bool:
-        return self.m_step == "closed"
 
     def check(self, model: LatentVariableModel) -> None:
         self.policy.check(model)

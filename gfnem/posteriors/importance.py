@@ -13,7 +13,7 @@ from torch import Tensor
 from gfnem.errors import UserError
 from gfnem.inference import log_mean_exp
 from gfnem.model import LatentVariableModel
-from gfnem.posterior import EStep, Latents, Posterior
+from gfnem.posterior import EStep, Latents, Posterior, check_m_step
 
 
 class PriorModel(LatentVariableModel, ABC):
@@ -75,8 +75,7 @@ class ImportancePosterior(Posterior):
         m_step: Literal["gradient", "closed"] = "gradient",
     ):
         super().__init__()
-        if m_step not in ("gradient", "closed"):
-            raise UserError(f"posterior.m_step is {m_step!r}; use 'gradient' or 'closed'")
+        check_m_step(m_step)
         for name, value in (("proposals", proposals), ("samples", samples)):
             if value < 1:
                 raise UserError(f"posterior.{name} is {value}; it must be at least 1")
@@ -88,10 +87,6 @@ class ImportancePosterior(Posterior):
     @property
     def joint(self) -> bool:
         return self.proposal.joint
-
-    @property
-    def closed_m_step(self) -> bool:
-        return self.m_step == "closed"
 
     @property
     def m_step_samples(self) -> int:

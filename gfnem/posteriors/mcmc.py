@@ -13,7 +13,7 @@ from torch.nn import functional
 from gfnem.categorical import sample_categorical
 from gfnem.errors import UserError
 from gfnem.model import LatentVariableModel
-from gfnem.posterior import EStep, Latents, Posterior
+from gfnem.posterior import EStep, Latents, Posterior, check_m_step
 from gfnem.posteriors.mean_field import FactorisedModel
 
 
@@ -72,8 +72,7 @@ class MCMC(Posterior):
         m_step: Literal["gradient", "closed"] = "gradient",
     ):
         super().__init__()
-        if m_step not in ("gradient", "closed"):
-            raise UserError(f"posterior.m_step is {m_step!r}; use 'gradient' or 'closed'")
+        check_m_step(m_step)
         for name, value, least in (("samples", samples, 1), ("steps", steps, 1)):
             if value < least:
                 raise UserError(f"posterior.{name} is {value}; it must be at least {least}")
@@ -90,10 +89,6 @@ class MCMC(Posterior):
     @property
     def m_step_samples(self) -> int:
         return self.samples
-
-    @property
-    def closed_m_step(self) -> bool:
-        return self.m_step == "closed"
 
     def e_step(self, model: LatentVariableModel, x: Any) -> EStep:
         return EStep(loss=None, latents=None)

@@ -13,7 +13,7 @@ from torch import Tensor
 from gfnem.categorical import sample_categorical
 from gfnem.errors import UserError
 from gfnem.model import LatentVariableModel
-from gfnem.posterior import EStep, Latents, Posterior
+from gfnem.posterior import EStep, Latents, Posterior, check_m_step
 
 Factors = list[Float[Tensor, "batch values"]]
 
@@ -61,8 +61,7 @@ class MeanField(Posterior):
         tolerance: float = 1e-5,
     ):
         super().__init__()
-        if m_step not in ("gradient", "closed"):
-            raise UserError(f"posterior.m_step is {m_step!r}; use 'gradient' or 'closed'")
+        check_m_step(m_step)
         if sweeps < 1:
             raise UserError(f"posterior.sweeps is {sweeps}; it must be at least 1")
         if not tolerance > 0:
@@ -71,10 +70,6 @@ class MeanField(Posterior):
         self.sweeps = sweeps
         self.tolerance = tolerance
         self._kept: Factors | None = None  # of the training data, by their ids
-
-    @property
-    def closed_m_step(self) -> bool:
-        return self.m_step == "closed"
 
     def e_step(self, model: LatentVariableModel, x: Any) -> EStep:
         return EStep(loss=None, latents=None)
