@@ -71,10 +71,12 @@ class Behaviour:
     def probabilities(
         self, logits: Float[Tensor, "*batch choices"]
     ) -> Float[Tensor, "*batch choices"]:
-        """Of choices that all are legal."""
+        """Of choices, of which those with a logit of -inf are illegal."""
         weights = (logits / self.temperature).softmax(-1)
         if self.epsilon > 0:
-            weights = (1 - self.epsilon) * weights + self.epsilon / logits.shape[-1]
+            uniform = logits.isfinite().to(weights.dtype)
+            uniform = uniform / uniform.sum(-1, keepdim=True)
+            weights = (1 - self.epsilon) * weights + self.epsilon * uniform
         return weights
 
 

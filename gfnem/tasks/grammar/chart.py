@@ -288,7 +288,7 @@ class ChartPolicy(Policy):
         sentence = torch.arange(batch, device=lengths.device).repeat_interleave(samples)
         row = torch.arange(len(sentence), device=lengths.device)
         logits = condition.root_logits().detach()[sentence]
-        label = self._draw(logits, behaviour)
+        label = sample_categorical(behaviour.probabilities(logits))
         # Given choices by row, start and width of the span; -1 where there is none.
         given = label.new_full((len(row), length, length + 1), -1)
         if forced is not None and keep is not None:
@@ -331,7 +331,7 @@ class ChartPolicy(Policy):
     ) -> Int[Tensor, "spans"]:
         splits = condition.splits(spans)
         if not behaviour.on_policy:
-            return self._draw(splits.joint(spans.width).log(), behaviour)
+            return sample_categorical(behaviour.probabilities(splits.joint(spans.width).log()))
         option = sample_categorical(splits.first(spans.width).flatten(1))
         split, first = option // self.nonterminals, option % self.nonterminals
         word_left, word_right = split == 0, split == spans.width - 2
@@ -341,16 +341,6 @@ class ChartPolicy(Policy):
         weights = splits.rules[inner, first[inner]] * splits.right[inner, split[inner]]
         right[inner] = sample_categorical(weights)
         return self._coded(split + 1, left, right)
-
-    def _draw(
-        self, logits: Float[Tensor, "rows choices"], behaviour: Behaviour
-    ) -> Int[Tensor, "rows"]:
-        weights = (logits / behaviour.temperature).softmax(-1)
-        if behaviour.epsilon > 0:
-            uniform = logits.isfinite().to(weights.dtype)
-            uniform = uniform / uniform.sum(-1, keepdim=True)
-            weights = (1 - behaviour.epsilon) * weights + behaviour.epsilon * uniform
-        return sample_categorical(weights)
 
     def _coded(self, split: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """The number of the choice of a left child of `split` words and of the children's labels,

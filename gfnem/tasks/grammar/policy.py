@@ -392,7 +392,7 @@ class ForestPolicy(Policy):
             return action, log_p
         here = slice(None) if rows is None else rows
         logits = _mask(scores.logits(rows), is_open[here], forest.exit).flatten(1)
-        drawn = self._draw(logits.detach(), behaviour)
+        drawn = sample_categorical(behaviour.probabilities(logits.detach()))
         if keep is not None:
             drawn = torch.where((step < keep)[here], action[here], drawn)
         log_all = (logits / temperature).log_softmax(-1)
@@ -400,14 +400,6 @@ class ForestPolicy(Policy):
         if rows is None:
             return drawn, scored
         return action.index_put((rows,), drawn), log_p.index_put((rows,), scored)
-
-    def _draw(self, logits: Tensor, behaviour: Behaviour) -> Int[Tensor, "rows"]:
-        weights = (logits / behaviour.temperature).softmax(-1)
-        if behaviour.epsilon > 0:
-            uniform = logits.isfinite().to(weights.dtype)
-            uniform = uniform / uniform.sum(-1, keepdim=True)
-            weights = (1 - behaviour.epsilon) * weights + behaviour.epsilon * uniform
-        return sample_categorical(weights)
 
     def _orders(self, condition: ForestCondition, z: Trees) -> Merges:
         """Merge orders of given trees, drawn from P_B."""
