@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from gfn.estimators import DiscretePolicyEstimator
 from gfn.states import DiscreteStates
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from torch.nn import functional
 
 from gfnem.categorical import sample_categorical
 from gfnem.errors import UserError
+from gfnem.posteriors.estimator import PolicyEstimator
 from gfnem.posteriors.gflownet import Behaviour
 from gfnem.posteriors.sequence import SequencePolicy
 from gfnem.tasks.discrete_vae.causal import CausalLinear
@@ -260,28 +260,23 @@ class GridPolicy(SequencePolicy):
         return list(self.flow.parameters())
 
 
-class GridEstimator(DiscretePolicyEstimator):
+class GridEstimator(PolicyEstimator):
     """P_F or P_B at given states of a `GridEnv`, for torchgfn's own samplers.
 
     The states' images are rows of the batch that the policy has last seen (`condition`).
     """
 
     def __init__(self, policy: GridPolicy, is_backward: bool):
-        module: Any = nn.Identity()
-        module.input_dim = 1
-        super().__init__(module, n_actions=policy.codes + 1, is_backward=is_backward)
-        # Not a submodule: the policy owns its parameters.
-        self._policy = (policy,)
+        super().__init__(policy, is_backward, policy.codes + 1)
 
     def forward(
         self, states: DiscreteStates, conditions: Float[Tensor, "*batch 1"]
     ) -> Float[Tensor, "*batch actions"]:
-        (policy,) = self._policy
-        assert policy.last_condition is not None, "the policy has seen no batch yet"
+        policy: GridPolicy = self.policy
         shape = states.batch_shape
         if self.is_backward:
             return conditions.new_zeros(*shape, policy.codes)
-        condition = policy.last_condition.select(conditions[..., 0].long().flatten())
+        condition = self.condition.select(conditions[..., 0].long().flatten())
         filled = states.tensor.reshape(-1, policy.positions)
         here = (filled >= 0).sum(-1).clamp(max=policy.positions - 1)
         logits = condition.base

@@ -5,42 +5,30 @@ Training does not need them: trajectories bring their scores along.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from gfn.estimators import DiscretePolicyEstimator
 from gfn.states import DiscreteStates
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
+
+from gfnem.posteriors.estimator import PolicyEstimator
 
 if TYPE_CHECKING:
     from gfnem.tasks.grammar.chart import ChartPolicy, Spans
 
 
-class ChartEstimator(DiscretePolicyEstimator):
+class ChartEstimator(PolicyEstimator):
     """P_F or P_B of labelled trees at given states.
 
     The states' sentences are rows of the batch that the policy has last seen (`condition`).
     """
 
-    def __init__(self, policy: ChartPolicy, is_backward: bool):
-        module: Any = nn.Identity()
-        module.input_dim = 1
-        super().__init__(module, n_actions=0, is_backward=is_backward)
-        # Not a submodule: the policy owns its parameters.
-        self._policy = (policy,)
-
-    @property
-    def expected_output_dim(self) -> None:
-        """Depends on the environment, whose length changes from batch to batch."""
-        return None
-
     def forward(
         self, states: DiscreteStates, conditions: Float[Tensor, "*batch 1"]
     ) -> Float[Tensor, "*batch actions"]:
-        (policy,) = self._policy
-        condition = policy.last_condition
-        assert condition is not None, "the policy has seen no batch yet"
+        policy: ChartPolicy = self.policy
+        condition = self.condition
         shape, actions = states.batch_shape, states.n_actions
         if self.is_backward:
             return conditions.new_zeros(*shape, actions - 1)
@@ -63,7 +51,7 @@ class ChartEstimator(DiscretePolicyEstimator):
         """The span that is split next: the widest, of those the leftmost; one word for none."""
         from gfnem.tasks.grammar.chart import Spans
 
-        (policy,) = self._policy
+        policy: ChartPolicy = self.policy
         steps = choices.shape[1]
         row = torch.arange(len(choices), device=choices.device)
         width = choices.new_zeros(len(row), steps)

@@ -6,46 +6,33 @@ torchgfn's samplers and to its recomputation of log-probabilities.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from gfn.estimators import DiscretePolicyEstimator
 from gfn.states import DiscreteStates
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from gfnem.posteriors.estimator import PolicyEstimator
 from gfnem.tasks.grammar.env import LATER, Forest
 
 if TYPE_CHECKING:
     from gfnem.tasks.grammar.policy import ForestPolicy
 
 
-class ForestEstimator(DiscretePolicyEstimator):
+class ForestEstimator(PolicyEstimator):
     """P_F or P_B at given states of a `ForestEnv`, by rebuilding each state's forest.
 
     The states' sentences are rows of the batch that the policy has last seen (`condition`).
     """
 
-    def __init__(self, policy: ForestPolicy, is_backward: bool):
-        module: Any = nn.Identity()
-        module.input_dim = 1
-        super().__init__(module, n_actions=0, is_backward=is_backward)
-        # Not a submodule: the policy owns its parameters.
-        self._policy = (policy,)
-
-    @property
-    def expected_output_dim(self) -> None:
-        """Depends on the environment, whose length changes from batch to batch."""
-        return None
-
     def forward(
         self, states: DiscreteStates, conditions: Float[Tensor, "*batch 2"]
     ) -> Float[Tensor, "*batch actions"]:
-        (policy,) = self._policy
-        assert policy.last_condition is not None, "the policy has seen no batch yet"
+        policy: ForestPolicy = self.policy
         shape = states.batch_shape
         sentence = conditions[..., 0].long().flatten()
-        condition = policy.last_condition.select(sentence)
+        condition = self.condition.select(sentence)
         fields = states.tensor.reshape(len(sentence), -1, 3)
         start, end, label = fields.unbind(-1)
         made = start >= 0

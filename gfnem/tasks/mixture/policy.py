@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from gfn.estimators import DiscretePolicyEstimator
 from gfn.states import DiscreteStates
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from gfnem.categorical import sample_categorical
 from gfnem.errors import UserError
 from gfnem.posterior import LatentTable
+from gfnem.posteriors.estimator import PolicyEstimator
 from gfnem.posteriors.gflownet import Behaviour
 from gfnem.posteriors.sequence import SequencePolicy
 from gfnem.tasks.mixture.components import Components
@@ -149,26 +148,19 @@ class MixturePolicy(SequencePolicy):
         return list(self.flow.parameters())
 
 
-class MixtureEstimator(DiscretePolicyEstimator):
+class MixtureEstimator(PolicyEstimator):
     """P_F or P_B at given states of a `MixtureEnv`, for torchgfn's own samplers.
 
     The states' points are rows of the batch that the policy has last seen (`condition`).
     """
 
     def __init__(self, policy: MixturePolicy, is_backward: bool):
-        module: Any = nn.Identity()
-        module.input_dim = 1
-        actions = policy.superclusters + policy.petals + 1
-        super().__init__(module, n_actions=actions, is_backward=is_backward)
-        # Not a submodule: the policy owns its parameters.
-        self._policy = (policy,)
+        super().__init__(policy, is_backward, policy.superclusters + policy.petals + 1)
 
     def forward(
         self, states: DiscreteStates, conditions: Float[Tensor, "*batch 1"]
     ) -> Float[Tensor, "*batch actions"]:
-        (policy,) = self._policy
-        condition = policy.last_condition
-        assert condition is not None, "the policy has seen no batch yet"
+        condition = self.condition
         if self.is_backward:
             return conditions.new_zeros(*states.batch_shape, self.n_actions - 1)
         point = conditions[..., 0].long()
