@@ -91,6 +91,15 @@ class Levels:
             heights=list(zip([0, *behind[:-1]], behind, strict=True)),
         )
 
+    def of_kind(self, kind: int) -> Int[Tensor, "nodes"]:
+        """Positions of all nodes of a kind."""
+        parts = [
+            torch.arange(first, behind, device=self.row.device)
+            for this, first, behind in self.slices
+            if this == kind
+        ]
+        return torch.cat(parts) if parts else self.row.new_zeros(0)
+
 
 def _word_left(levels: Levels, table: Tensor, chosen: slice) -> Tensor:
     """Entries [A, C] of the nodes whose left child is a word."""
@@ -193,12 +202,8 @@ class _LogJointShape(torch.autograd.Function):
         grad_left, grad_right = torch.zeros_like(left), torch.zeros_like(right)
         grad_both, grad_rules = torch.zeros_like(both), torch.zeros_like(rules)
         length = left.shape[1]
-        by_kind: dict[int, list[Tensor]] = {}
-        for kind, first, behind in levels.slices:
-            indices = torch.arange(first, behind, device=rules.device)
-            by_kind.setdefault(kind, []).append(indices)
-        for kind, parts in by_kind.items():
-            nodes = torch.cat(parts)
+        for kind in (LEAVES, WORD_LEFT, WORD_RIGHT, INNER):
+            nodes = levels.of_kind(kind)
             out, sentence = share[nodes], levels.sentence[nodes]
             if kind == LEAVES:
                 at = sentence * both.shape[1] + levels.gap[nodes]
