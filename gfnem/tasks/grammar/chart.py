@@ -6,8 +6,9 @@ and context P, into (k, B, C) with logit
     log p(A -> B C | A, P) + b(i, k, B | A) + b(k, j, C | A),
 
 b being the logarithm of the guide's inside scores plus what the encoder says of the span, under its
-own label and its parent's. Words are exact. With the exact inside scores as guide and an encoder
-that says nothing, the policy is the posterior. A context-free grammar has one context.
+own label and under that and its parent's. Words are exact. With the exact inside scores as guide
+and an encoder that says nothing, the policy is the posterior. A context-free grammar has one
+context.
 
 Spans are split from the widest to the narrowest, those of one width from left to right, so there is
 one trajectory to each labelled tree: P_B = 1 and q(z | x) is P_F. To a shape there are as many as
@@ -124,6 +125,18 @@ class ChartCondition:
         return self.encode()
 
     @property
+    def residual(
+        self,
+    ) -> tuple[
+        Float[Tensor, "batch spans nonterminals"],
+        Float[Tensor, "batch spans nonterminals+1 nonterminals"],
+    ]:
+        """What it adds to b: for each label of a span, and for each label under each parent."""
+        labels = self.vectors.by_start.shape[-1]
+        own, under = self.encoding.scores.tensor_split([labels], -1)
+        return own, under.unflatten(-1, (labels + 1, labels))
+
+    @property
     def lengths(self) -> Int[Tensor, "batch"]:
         return self.sentences.lengths
 
@@ -144,8 +157,8 @@ class ChartCondition:
         guide = self.potentials.root * self.vectors.whole(self.lengths)[:, -1]
         sentence = torch.arange(len(guide), device=guide.device)
         span = self.encoding.index[torch.zeros_like(self.lengths), self.lengths]
-        own, _ = self.encoding.scores[sentence, span].chunk(2, -1)
-        return _log(guide) + own
+        own, under = self.residual
+        return _log(guide) + own[sentence, span] + under[sentence, span, -1]
 
     def splits(self, spans: Spans) -> Splits:
         """Spans of at least three words each."""
@@ -179,9 +192,8 @@ class ChartCondition:
         guide = self.vectors.by_start[start, sentence, width, self.seen(parent)[:, None]]
         # A word has no span, and a guide of 0.
         span = self.encoding.index[start, torch.where(width > 1, start + width, start)]
-        own, under = self.encoding.scores[sentence, span].chunk(2, -1)
-        under = under.gather(-1, parent[:, None, None].expand(*under.shape[:2], 1))
-        return guide * (own + under).exp()
+        own, under = self.residual
+        return guide * (own[sentence, span] + under[sentence, span, parent[:, None]]).exp()
 
 
 class ChartPolicy(Policy):
@@ -219,7 +231,12 @@ class ChartPolicy(Policy):
         self.guide = guide
         self.register_buffer("usage", torch.zeros(nonterminals, nonterminals + 1))
         self.encoder = SpanEncoder(
-            preterminals, 2 * nonterminals, nonterminals, max_length, width, dropout
+            preterminals,
+            nonterminals * (nonterminals + 2),
+            nonterminals,
+            max_length,
+            width,
+            dropout,
         )
         self.last_condition: ChartCondition | None = None
         self._envs: dict[tuple[int, str], SequenceEnv] = {}

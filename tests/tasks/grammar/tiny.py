@@ -54,6 +54,7 @@ class FixedPCFG(ParsingModel):
     def __init__(self, grammar: Grammar, latent: Latent = "shape"):
         super().__init__()
         dtype = torch.get_default_dtype()
+        self.nonterminals = grammar.nonterminals
         self.root = nn.Parameter(grammar.root.to(dtype))
         self.binary = nn.Parameter(grammar.binary.to(dtype))
         self.emission = nn.Parameter(grammar.emission.to(dtype))
