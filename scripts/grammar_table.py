@@ -24,15 +24,13 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
 
-from jobs import TOTAL_SECONDS, Job, complete, markdown
+from jobs import TOTAL_SECONDS, Job, column, complete, markdown, seconds_per_step
 
 from gfnem.config import compose
 from gfnem.errors import UserError
-from gfnem.run.compare import Result, mean_and_deviation, result_texts
+from gfnem.run.compare import mean_and_deviation, result_texts
 from gfnem.run.finished import FinishedRun
 
 POSTERIORS = {
@@ -144,27 +142,13 @@ def numbers_of(run: FinishedRun) -> Mapping[str, float]:
     if NATS not in found and BOUND in run.numbers:
         found |= {NATS: run.numbers[BOUND], BOUND_DRAWS: run.numbers[BOUND_DRAWS]}
     found[MINUTES] = run.numbers[TOTAL_SECONDS] / 60
-    # Between two lines there may be an evaluation, but not between most.
-    lines = [line for line in run.lines if "time/seconds" in line]
-    steps = [
-        (after["time/seconds"] - before["time/seconds"]) / made
-        for before, after in pairwise(lines)
-        if (made := after["train/m_steps"] - before["train/m_steps"]) > 0
-    ]
-    if steps:
-        found[SECONDS] = median(steps)
+    found[SECONDS] = seconds_per_step(run, "train/m_steps")
     return found
 
 
 def texts(name: str, rows: Sequence[Sequence[Mapping[str, float]]]) -> list[str]:
     """A column's cells."""
-    results: list[Result | None] = [
-        mean_and_deviation([numbers.get(name, math.nan) for numbers in seeds])
-        if any(name in numbers for numbers in seeds)
-        else None
-        for seeds in rows
-    ]
-    cells = result_texts(results)
+    cells = column(name, rows)
     if name == NATS:
         bounds = [seeds[0].get(BOUND_DRAWS) for seeds in rows]
         cells = [

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 
 from gfnem.build import build
 from gfnem.config import compose
@@ -20,6 +23,7 @@ from gfnem.errors import UserError
 from gfnem.model import LatentVariableModel
 from gfnem.posterior import Posterior
 from gfnem.run import Run
+from gfnem.run.compare import mean_and_deviation, result_texts
 from gfnem.run.finished import FinishedRun
 
 INTERRUPTED = "interrupted"
@@ -117,6 +121,35 @@ def _trained(jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job, str | N
 
 def _train(job: Job) -> str | None:
     return job.train()
+
+
+def seconds_per_step(run: FinishedRun, counter: str) -> float:
+    """The median over all logged lines: between two there may be an evaluation, but not between
+    most.
+
+    counter: "train/m_steps" or "train/e_steps".
+    """
+    lines = [line for line in run.lines if "time/seconds" in line]
+    return median(
+        (after["time/seconds"] - before["time/seconds"]) / made
+        for before, after in pairwise(lines)
+        if (made := after[counter] - before[counter]) > 0
+    )
+
+
+def column(name: str, rows: Sequence[Sequence[Mapping[str, float]]]) -> list[str]:
+    """A column of a table: mean and deviation over the seeds of each row.
+
+    rows: the numbers of each seed, by names.
+    """
+    return result_texts(
+        [
+            mean_and_deviation([numbers.get(name, math.nan) for numbers in seeds])
+            if any(name in numbers for numbers in seeds)
+            else None
+            for seeds in rows
+        ]
+    )
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], texts: int) -> str:

@@ -32,8 +32,8 @@ from gfnem.objectives import ScoredTrajectories
 from gfnem.posteriors.gflownet import (
     ON_POLICY,
     Behaviour,
+    NumberedPolicy,
     Paths,
-    Policy,
     trajectories_of_choices,
 )
 from gfnem.posteriors.sequence_env import SequenceEnv
@@ -167,7 +167,7 @@ class ChartCondition:
         return guide * (own + under).exp()
 
 
-class ChartPolicy(Policy):
+class ChartPolicy(NumberedPolicy):
     """See the module's description.
 
     nonterminals, preterminals: of the grammar.
@@ -178,6 +178,7 @@ class ChartPolicy(Policy):
         than a tenth of the cost; spans of two words are exact under their parent.
     width: of the encoder's layers.
     dropout: in the encoder, in training.
+    symbol_dropout: of the grammar's symbols, for the encoder, in training; see `SpanEncoder`.
     """
 
     usage: Tensor
@@ -191,6 +192,7 @@ class ChartPolicy(Policy):
         guide: Literal["relaxation", "exact"] = "relaxation",
         width: int = 128,
         dropout: float = 0.0,
+        symbol_dropout: float = 0.0,
     ):
         super().__init__()
         check_latent(latent)
@@ -201,7 +203,13 @@ class ChartPolicy(Policy):
         self.guide = guide
         self.register_buffer("usage", torch.zeros(nonterminals, nonterminals + 1))
         self.encoder = SpanEncoder(
-            preterminals, 2 * nonterminals, nonterminals, max_length, width, dropout
+            preterminals,
+            2 * nonterminals,
+            nonterminals,
+            max_length,
+            width,
+            dropout,
+            symbol_dropout,
         )
         self.last_condition: ChartCondition | None = None
         self._envs: dict[tuple[int, str], SequenceEnv] = {}
@@ -257,6 +265,14 @@ class ChartPolicy(Policy):
         if self.training:
             self._count(trees)
         return self._paths(condition, trees)
+
+    def numbers(self, z: Trees) -> Int[Tensor, "batch samples numbers"]:
+        return z.numbers
+
+    def from_numbers(
+        self, condition: ChartCondition, numbers: Int[Tensor, "batch samples numbers"]
+    ) -> Trees:
+        return Trees.from_numbers(numbers, condition.lengths, self.latent == "labelled")
 
     def retrace(self, condition: ChartCondition, z: Trees) -> Paths:
         return self._paths(condition, _labelled(condition, z))
