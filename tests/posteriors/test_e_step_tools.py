@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gfnem.em import EM
 from gfnem.errors import UserError
-from gfnem.objectives import forward_kl, reverse_kl, sleep, subtb, tb, vargrad
+from gfnem.objectives import forward_kl, reverse_kl, sleep, subtb, vargrad
 from gfnem.posteriors.gflownet import GFlowNetPosterior, Policy
 from gfnem.posteriors.refinement import BackAndForth
 from gfnem.posteriors.replay import Replay
@@ -24,8 +24,8 @@ from gfnem.tasks.grammar.model import NeuralPCFG
 from gfnem.tasks.grammar.root_flow import RootFlowPolicy
 from tests.posteriors.test_gflownet import SETTINGS, distances, setting, train
 from tests.tasks.discrete_vae import tiny as images
-from tests.tasks.grammar import oracle
-from tests.tasks.grammar.test_chart import FixedNCFG, every_labelled, q_of
+from tests.tasks.grammar import annotated_oracle, oracle
+from tests.tasks.grammar.test_chart import FixedNCFG, q_of
 from tests.tasks.grammar.test_chart import make_policy as make_chart
 from tests.tasks.grammar.tiny import (
     FixedPCFG,
@@ -45,55 +45,56 @@ SEARCH = BackAndForth(steps=2, depth=3)
 
 
 @pytest.mark.parametrize(
-    "latent, tools",
+    "latent, steps, tools",
     [
-        ("shape", {"local_search": SEARCH}),
-        ("shape", {"replay": 6}),
-        ("labelled", {"local_search": SEARCH, "replay": 6}),
-        ("shape", {"objective": subtb, "flow_lr": 0.1, "local_search": SEARCH, "replay": 6}),
-        ("labelled", {"objective": tb, "flow_lr": 0.1, "replay": 6}),
+        ("shape", 100, {"local_search": SEARCH}),
+        ("shape", 100, {"objective": subtb, "flow_lr": 0.1, "replay": 6}),
+        ("labelled", 150, {"local_search": SEARCH, "replay": 6}),
     ],
 )
-def test_trained_posterior_is_that_of_enumeration(latent: Any, tools: dict[str, Any]):
-    model, posterior, x = setting(latent, samples=32, **tools)
+def test_trained_posterior_is_that_of_enumeration(latent: Any, steps: int, tools: dict[str, Any]):
+    model, posterior, x = setting(latent, samples=16, **tools)
     assert min(distances(model, posterior, x, latent)) > 0.1
-    train(model, posterior, x)
+    train(model, posterior, x, steps)
     assert max(distances(model, posterior, x, latent)) < 0.05
 
 
-@pytest.mark.parametrize("latent", ["shape", "labelled"])
-def test_trained_posterior_is_that_of_enumeration_with_symbol_dropout(latent: Any):
+# A corrected symbol of a labelled tree weighs more than one that is summed out.
+@pytest.mark.parametrize("latent, probability", [("shape", 0.1), ("labelled", 0.05)])
+def test_trained_posterior_is_that_of_enumeration_with_symbol_dropout(
+    latent: Any, probability: float
+):
     grammar, lengths, seed = SETTINGS[latent]
     model, x = FixedPCFG(grammar, latent), sentences(lengths, seed=seed)
     policy = make_policy(
-        "root_flow", latent, nonterminals=2, noise=0.1, width=16, symbol_dropout=0.1
+        "root_flow", latent, nonterminals=2, noise=0.1, width=16, symbol_dropout=probability
     )
-    posterior = GFlowNetPosterior(policy, samples=64)
-    train(model, posterior, x)
+    posterior = GFlowNetPosterior(policy, samples=32)
+    assert min(distances(model, posterior.eval(), x, latent)) > 0.1
+    train(model, posterior.train(), x)
     assert max(distances(model, posterior.eval(), x, latent)) < 0.05
 
 
 def test_trained_posterior_of_a_chart_is_that_of_enumeration():
-    model, policy, x = FixedNCFG("labelled", seed=4), make_chart("labelled", "relaxation"), TWO
+    x, latent = sentences([4, 3]), "labelled"
+    model: Any = FixedNCFG(latent, seed=4).float()
+    policy = make_chart(latent, "relaxation")
     posterior = GFlowNetPosterior(policy, samples=32, local_search=SEARCH, replay=6)
+    grammar = model.grammar()
+    rules = [getattr(grammar, name).detach() for name in ("root", "binary", "emission")]
+    exact = [
+        oracle.posterior(annotated_oracle.enumerate_labelled(type(grammar)(*rules), words))
+        for words in (words_of(x, 0), words_of(x, 1))
+    ]
 
     def distance() -> float:
-        z = every_labelled(x)
-        log_p = model.log_joint(x, z).detach()
-        found = []
-        for row, q in enumerate(q_of(policy, model, x)):
-            one = [count_trees(z.select(torch.full((2, 1), i)), row) for i in range(log_p.shape[1])]
-            p = {tree: float(value) for (tree,), value in zip(one, log_p[row].exp(), strict=True)}
-            total = sum(p.values())
-            found.append(total_variation({tree: v / total for tree, v in p.items()}, q))
-        return max(found)
+        q = q_of(policy, model, x)
+        return max(total_variation(p, found) for p, found in zip(exact, q, strict=True))
 
     assert distance() > 0.1
+    # On its own draws alone it loses trees, and is at 0.3 then.
     train(model, posterior, x)
     assert distance() < 0.05
-
-
-TWO = sentences([4, 3])
 
 
 # What the objective sees.
@@ -242,7 +243,8 @@ def test_replay_is_of_all_tasks(task: Any):
 def em(run_length: int) -> EM:
     data = toy_english(20, 8, 8, max_length=6, batch_size=4)
     torch.manual_seed(0)
-    model = NeuralPCFG(**data.sizes(), nonterminals=3, preterminals=4, width=8)
+    sizes: Any = data.sizes()
+    model = NeuralPCFG(**sizes, nonterminals=3, preterminals=4, width=8)
     policy = RootFlowPolicy(3, 4, data.max_length, width=8, symbol_dropout=0.3)
     posterior = GFlowNetPosterior(policy, replay=2, local_search=SEARCH)
     return EM(model, posterior, data, m_steps=run_length)
