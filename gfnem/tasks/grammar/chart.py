@@ -33,8 +33,8 @@ from gfnem.objectives import ScoredTrajectories
 from gfnem.posteriors.gflownet import (
     ON_POLICY,
     Behaviour,
+    NumberedPolicy,
     Paths,
-    Policy,
     trajectories_of_choices,
 )
 from gfnem.posteriors.sequence_env import SequenceEnv
@@ -196,7 +196,7 @@ class ChartCondition:
         return guide * (own[sentence, span] + under[sentence, span, parent[:, None]]).exp()
 
 
-class ChartPolicy(Policy):
+class ChartPolicy(NumberedPolicy):
     """See the module's description.
 
     nonterminals, preterminals: of the grammar.
@@ -208,6 +208,7 @@ class ChartPolicy(Policy):
         context-free is its own relaxation. Or "none": the rules and the encoder are on their own.
     width: of the encoder's layers.
     dropout: in the encoder, in training.
+    symbol_dropout: of the grammar's symbols, for the encoder, in training; see `SpanEncoder`.
     """
 
     usage: Tensor
@@ -221,6 +222,7 @@ class ChartPolicy(Policy):
         guide: Literal["relaxation", "exact", "none"] = "relaxation",
         width: int = 128,
         dropout: float = 0.0,
+        symbol_dropout: float = 0.0,
     ):
         super().__init__()
         check_latent(latent)
@@ -237,6 +239,7 @@ class ChartPolicy(Policy):
             max_length,
             width,
             dropout,
+            symbol_dropout,
         )
         self.last_condition: ChartCondition | None = None
         self._envs: dict[tuple[int, str], SequenceEnv] = {}
@@ -311,6 +314,14 @@ class ChartPolicy(Policy):
         if self.training:
             self._count(trees)
         return self._paths(condition, trees)
+
+    def numbers(self, z: Trees) -> Int[Tensor, "batch samples numbers"]:
+        return z.numbers
+
+    def from_numbers(
+        self, condition: ChartCondition, numbers: Int[Tensor, "batch samples numbers"]
+    ) -> Trees:
+        return Trees.from_numbers(numbers, condition.lengths, self.latent == "labelled")
 
     def retrace(self, condition: ChartCondition, z: Trees) -> Paths:
         return self._paths(condition, condition.labelled(z))

@@ -18,7 +18,7 @@ from gfnem.errors import UserError
 from gfnem.model import LatentVariableModel
 from gfnem.objectives import ScoredTrajectories
 from gfnem.posterior import LatentTable
-from gfnem.posteriors.gflownet import ON_POLICY, Behaviour, Paths, Policy
+from gfnem.posteriors.gflownet import ON_POLICY, Behaviour, NumberedPolicy, Paths
 from gfnem.tasks.grammar.data import Sentences
 from gfnem.tasks.grammar.encoder import SpanEncoder, SpanEncoding
 from gfnem.tasks.grammar.env import LATER, Forest, ForestEnv, parents_time
@@ -139,7 +139,7 @@ class ScoresAtOnce(ActionScores):
         """log P_F of each merge, differentiable; 0 for exits."""
 
 
-class ForestPolicy(Policy):
+class ForestPolicy(NumberedPolicy):
     """What all policies over forests share: rollouts, P_B, flows and torchgfn's view of them.
 
     latent: "shape" for unlabelled trees, whose actions are gaps, or "labelled" for trees with
@@ -149,6 +149,7 @@ class ForestPolicy(Policy):
     max_length: the longest sentence in words.
     width: of the encoder's layers.
     dropout: in the encoder, in training.
+    symbol_dropout: of the grammar's symbols, for the encoder, in training; see `SpanEncoder`.
     """
 
     def __init__(
@@ -160,6 +161,7 @@ class ForestPolicy(Policy):
         backward: Literal["uniform", "learned"] = "uniform",
         width: int = 128,
         dropout: float = 0.0,
+        symbol_dropout: float = 0.0,
     ):
         super().__init__()
         if latent not in ("shape", "labelled"):
@@ -170,7 +172,7 @@ class ForestPolicy(Policy):
         self.latent = latent
         self.backward = backward
         self.encoder = SpanEncoder(
-            preterminals, nonterminals, self.symbols, max_length, width, dropout
+            preterminals, nonterminals, self.symbols, max_length, width, dropout, symbol_dropout
         )
         self.last_condition: ForestCondition | None = None
         self._envs: dict[tuple[int, str], ForestEnv] = {}
@@ -228,6 +230,14 @@ class ForestPolicy(Policy):
         merges = self._orders(condition, z)
         keep = torch.full_like(merges.gaps[:, 0], merges.gaps.shape[1])
         return self._roll(condition, z.start.shape[1], forced=merges, keep=keep)
+
+    def numbers(self, z: Trees) -> Int[Tensor, "batch samples numbers"]:
+        return z.numbers
+
+    def from_numbers(
+        self, condition: ForestCondition, numbers: Int[Tensor, "batch samples numbers"]
+    ) -> Trees:
+        return Trees.from_numbers(numbers, condition.lengths, self.labelled)
 
     @torch.no_grad()
     def tabulate(self, condition: ForestCondition) -> LatentTable:
