@@ -25,11 +25,14 @@ class Latents:
         no plain draws any more.
     m_step_weights: how much each latent counts in the M-step, summing to 1 for each data point;
         None for equal weights.
+    log_joint: log p(x, z), differentiable in the model as long as that has not moved; None where
+        drawing them did not need it.
     """
 
     z: Any
     log_weights: Float[Tensor, "batch samples"] | None
     m_step_weights: Float[Tensor, "batch samples"] | None = None
+    log_joint: Float[Tensor, "batch samples"] | None = None
 
     def mean(self, values: Float[Tensor, "batch samples"]) -> Float[Tensor, "batch"]:
         """Of a value of each latent, as much as it counts in the M-step."""
@@ -147,7 +150,8 @@ class Posterior(nn.Module, ABC):
         latents: as for `m_step_latents`.
         """
         latents = self.m_step_latents(model, x, latents)
-        return latents.mean(model.log_joint(x, latents.z))
+        log_joint = latents.log_joint
+        return latents.mean(model.log_joint(x, latents.z) if log_joint is None else log_joint)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameters for a torch optimizer; empty where nothing is learned."""

@@ -32,6 +32,8 @@ class Paths:
         log p(x, z) that this state has fixed, both [steps, batch * samples]; not every objective
         asks for them.
     record: what the policy needs to make torchgfn trajectories of them.
+    model_log_joint: log_joint again, differentiable in the model, where gradients are wanted and
+        the policy keeps what they need: M-steps do not compute it twice then.
     """
 
     z: Any
@@ -40,6 +42,7 @@ class Paths:
     log_backward: Float[Tensor, "steps batch samples"]
     flows: Callable[[], tuple[Tensor, Tensor]]
     record: Any
+    model_log_joint: Float[Tensor, "batch samples"] | None = None
 
     @property
     def log_weights(self) -> Float[Tensor, "batch samples"]:
@@ -281,7 +284,9 @@ class GFlowNetPosterior(Posterior):
             "e_step/objective": loss.detach(),
             "e_step/effective_samples": (1 / weights.square().sum(-1)).mean(),
         }
-        latents = Latents(paths.z, log_weights) if self.behaviour.on_policy else None
+        latents = None
+        if self.behaviour.on_policy:
+            latents = Latents(paths.z, log_weights, log_joint=paths.model_log_joint)
         return EStep(loss, latents, metrics)
 
     def sleep_loss(self, model: LatentVariableModel) -> Float[Tensor, ""] | None:

@@ -9,12 +9,14 @@ hence words are summed out as in `potentials`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gfnem.categorical import sample_categorical
 from gfnem.tasks.grammar.potentials import MergePotentials
@@ -77,8 +79,12 @@ class AnnotatedPotentials(MergePotentials):
             average = others.mean(-2)
         else:
             average = (weights[..., None, :] @ others).squeeze(-2)
-            average = average / weights.sum(-1, keepdim=True)
         return torch.where(whole[..., None], under_s, average)
+
+    def detach(self) -> AnnotatedPotentials:
+        """The same without gradients."""
+        tables = ("root", "rules", "left", "right", "both", "preterminal", "log_word")
+        return replace(self, **{name: getattr(self, name).detach() for name in tables})
 
 
 class AnnotatedGrammar(ABC):
@@ -141,6 +147,46 @@ def _log_word(
     return mean.clamp(min=torch.finfo(mean.dtype).tiny).log() + log_scale
 
 
+class _WordPairs(torch.autograd.Function):
+    """Sum over T and U of first[A, i, T] rules[A, T, P, U] second[A, i, U], indexed [A, i, P].
+
+    Label by label, so that what has all of i, P and U stays small: memory that is seen for the
+    first time costs more than the products.
+    """
+
+    @staticmethod
+    def forward(ctx, first: Tensor, second: Tensor, rules: Tensor) -> Tensor:  # pyright: ignore
+        rules = rules.contiguous()
+        ctx.save_for_backward(first, second, rules)
+        value = first.new_empty(*first.shape[:2], rules.shape[2])
+        for label, pair in _WordPairs._pairs(first, rules):
+            torch.bmm(pair, second[label, :, :, None], out=value[label, :, :, None])
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # pyright: ignore
+        first, second, rules = ctx.saved_tensors
+        grads = tuple(torch.empty_like(x) for x in (first, second, rules))
+        grad_first, grad_second, grad_rules = grads
+        grad = grad.contiguous()
+        for label, pair in _WordPairs._pairs(first, rules):
+            torch.bmm(grad[label, :, None], pair, out=grad_second[label, :, None])
+            torch.mul(grad[label, :, :, None], second[label, :, None], out=pair)
+            flat, flat_rules = pair.flatten(1), rules[label].flatten(1)
+            torch.mm(first[label].t(), flat, out=grad_rules[label].flatten(1))
+            torch.mm(flat, flat_rules.t(), out=grad_first[label])
+        return grads
+
+    @staticmethod
+    def _pairs(first: Tensor, rules: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Each label and sum over T of first[i, T] rules[T, P, U], in memory that is used again."""
+        pair = first.new_empty(first.shape[1], *rules.shape[2:])
+        for label in range(len(rules)):
+            torch.mm(first[label], rules[label].flatten(1), out=pair.flatten(1))
+            yield label, pair
+
+
 @dataclass(frozen=True)
 class DenseGrammar(AnnotatedGrammar):
     """One log-probability for each rule: binary[P, A, B, C]."""
@@ -161,15 +207,29 @@ class DenseGrammar(AnnotatedGrammar):
     ) -> AnnotatedPotentials:
         nt = self.nonterminals
         emission, log_scale = self._emissions(words)
-        probability = self.binary.transpose(0, 1).exp()
-        inner, word = slice(None, nt), slice(nt, None)
-        left = torch.einsum("anit,aptc->niapc", emission, probability[:, :, word, inner])
-        right = torch.einsum("anit,apbt->niapb", emission, probability[:, :, inner, word])
-        pair = torch.einsum("anit,aptu->aniup", emission[:, :, :-1], probability[:, :, word, word])
-        both = torch.einsum("aniup,aniu->niap", pair, emission[:, :, 1:])
+        size = emission.shape[1:3]
+        # Split, not sliced: the gradient of a slice is as large as what it is cut from.
+        by_left = self.binary.transpose(0, 1).exp().tensor_split([nt], 2)
+        (rules, inner_word), (word_inner, word_word) = (
+            part.tensor_split([nt], 3) for part in by_left
+        )
+
+        def of_word(rules: Tensor) -> Tensor:
+            """[i, A, P, other child] from [A, word's preterminal, P, other child]."""
+            table = torch.bmm(emission.flatten(1, 2), rules.flatten(2))
+            return table.unflatten(2, rules.shape[2:]).unflatten(1, size).permute(1, 2, 0, 3, 4)
+
+        left = of_word(word_inner.transpose(1, 2))
+        right = of_word(inner_word.permute(0, 3, 1, 2))
+        both = _WordPairs.apply(
+            emission[:, :, :-1].flatten(1, 2),
+            emission[:, :, 1:].flatten(1, 2),
+            word_word.transpose(1, 2),
+        )
+        both = both.unflatten(1, (size[0], size[1] - 1)).permute(1, 2, 0, 3)
         return AnnotatedPotentials(
             root=self.root.exp(),
-            rules=probability[:, :, inner, inner],
+            rules=rules,
             left=left,
             right=right,
             both=both,

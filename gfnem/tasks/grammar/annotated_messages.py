@@ -6,11 +6,12 @@ summed over the labels below.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gfnem.categorical import sample_categorical
 from gfnem.tasks.grammar.annotated import AnnotatedPotentials
@@ -20,7 +21,6 @@ from gfnem.tasks.grammar.messages import (
     WORD_LEFT,
     WORD_RIGHT,
     Levels,
-    log,
     positive,
     root_score,
     rule_scores,
@@ -61,11 +61,11 @@ def log_joint_shape(
 ) -> Float[Tensor, "batch samples"]:
     """log p(x, shape), labels summed exactly by messages along each tree.
 
-    -inf, with gradient zero, where the grammar gives a shape no probability.
+    Its gradient costs about as much as the value and is exact; -inf, with gradient zero, where the
+    grammar gives a shape no probability.
     """
-    levels = Levels.of(trees)
-    message, log_scale = _upward(levels, potentials)
-    value = log(message[levels.root, -1] @ potentials.root) + log_scale[levels.root]
+    p = potentials
+    value = _LogJointShape.apply(p.root, p.rules, p.left, p.right, p.both, Levels.of(trees))
     return value.view(trees.start.shape[:2]) + potentials.total_log_scale[:, None]
 
 
@@ -86,11 +86,12 @@ def inside_scores(
         scores = torch.where(under(trees) & ~own, rules[..., None, :], 0.0).sum(-1) + words
     else:
         levels = Levels.of(trees)
-        message, log_scale = _upward(levels, potentials)
-        some = torch.zeros_like(levels.row, dtype=torch.bool)
-        nodes = potentials.average(message, some).sum(-1).log() + log_scale
+        p = potentials
+        up = _upward(levels, p.rules, p.left, p.right, p.both)
+        inner = torch.zeros_like(levels.row, dtype=torch.bool)
+        nodes = p.average(up.message, inner).sum(-1).log() + up.log_scale
         scores = levels.by_gap(nodes, trees) + words
-        root = (message[levels.root, -1] @ potentials.root).log() + log_scale[levels.root]
+        root = (up.message[levels.root, -1] @ p.root).log() + up.log_scale[levels.root]
         log_joint = root.view(words.shape[:2])
     return scores, log_joint + potentials.total_log_scale[:, None]
 
@@ -101,7 +102,8 @@ def sample_labels(
     """The same trees with nonterminals drawn from the exact p(labels | shape, x), top-down."""
     levels = Levels.of(trees)
     nonterminals = len(potentials.root)
-    message, _ = _upward(levels, potentials)
+    p = potentials
+    message = _upward(levels, p.rules, p.left, p.right, p.both).message
     label = torch.zeros_like(levels.row)
     context = torch.full_like(label, nonterminals)
     top = potentials.root * message[levels.root, -1]
@@ -129,49 +131,142 @@ def sample_labels(
     return Trees(trees.start, trees.end, trees.lengths, labels.view_as(trees.start))
 
 
-def _upward(
-    levels: Levels, potentials: AnnotatedPotentials
-) -> tuple[Float[Tensor, "total contexts nonterminals"], Float[Tensor, "total"]]:
-    """Messages of all nodes, scaled to maximum 1, and their log-scales, which have no gradient."""
-    nonterminals, contexts = potentials.rules.shape[:2]
-    rules = potentials.rules.flatten(2).mT
+@dataclass(frozen=True)
+class _Messages:
+    """Of all nodes of some trees.
+
+    message: scaled to maximum 1, [context, label].
+    factor: the maxima that the raw messages were divided by.
+    log_scale: a message's total logarithmic scale.
+    tables: what rules with one word below them look up, by (kind, first node): [label, context,
+        label of the other child].
+    """
+
+    message: Float[Tensor, "total contexts nonterminals"]
+    factor: Float[Tensor, "total"]
+    log_scale: Float[Tensor, "total"]
+    tables: dict[tuple[int, int], Float[Tensor, "nodes nonterminals contexts nonterminals"]]
+
+
+def _upward(levels: Levels, rules: Tensor, left: Tensor, right: Tensor, both: Tensor) -> _Messages:
+    nonterminals, contexts = rules.shape[:2]
+    by_pair = rules.flatten(2).mT
     message = rules.new_empty(len(levels.row), contexts, nonterminals)
-    log_scale = rules.new_zeros(len(levels.row))
-    tables = _tables(levels, potentials)
+    factor, log_scale = rules.new_empty(len(levels.row)), rules.new_zeros(len(levels.row))
+    tables = {}
     for kind, first, behind in levels.slices:
         nodes = slice(first, behind)
-        left, right = levels.left[nodes], levels.right[nodes]
+        sentence = levels.sentence[nodes]
+        a, b = levels.left[nodes], levels.right[nodes]
         if kind == LEAVES:
-            raw = next(tables[kind])
+            raw = both[sentence, levels.gap[nodes]]
         elif kind == INNER:
-            a, b = message[left, :nonterminals], message[right, :nonterminals]
-            pairs = (a[..., None] * b[:, :, None]).flatten(2)
-            raw = torch.bmm(pairs.transpose(0, 1), rules).transpose(0, 1)
-            log_scale[nodes] = log_scale[left] + log_scale[right]
+            pairs = _pairs(message[a, :nonterminals], message[b, :nonterminals])
+            raw = torch.bmm(pairs, by_pair).transpose(0, 1)
+            log_scale[nodes] = log_scale[a] + log_scale[b]
         else:
-            child = right if kind == WORD_LEFT else left
-            raw = (next(tables[kind]) @ message[child, :nonterminals, :, None]).squeeze(-1)
+            if kind == WORD_LEFT:
+                child, table = b, left[sentence, levels.start[nodes]]
+            else:
+                child, table = a, right[sentence, levels.end[nodes] - 1]
+            tables[kind, first] = table
+            raw = (table @ message[child, :nonterminals, :, None]).squeeze(-1)
             log_scale[nodes] = log_scale[child]
-        largest = raw.detach().amax((1, 2))
-        message[nodes] = raw.mT / positive(largest)[:, None, None]
+        largest = raw.amax((1, 2))
+        factor[nodes] = positive(largest)
+        message[nodes] = raw.mT / factor[nodes, None, None]
         log_scale[nodes] += largest.log()
-    return message, log_scale
+    return _Messages(message, factor, log_scale, tables)
 
 
-def _tables(levels: Levels, potentials: AnnotatedPotentials) -> dict[int, Iterator[Tensor]]:
-    """What rules with words below them look up, by kind, slice by slice of the levels.
+def _pairs(
+    left: Float[Tensor, "nodes nonterminals nonterminals"],
+    right: Float[Tensor, "nodes nonterminals nonterminals"],
+) -> Float[Tensor, "nonterminals nodes nonterminals*nonterminals"]:
+    """Messages of two children under each label of their parent, which comes first."""
+    left, right = left.transpose(0, 1), right.transpose(0, 1)
+    return (left[..., None] * right[..., None, :]).flatten(2)
 
-    All at once: the backward pass of every look-up is as large as the table.
+
+class _LogJointShape(torch.autograd.Function):
+    """log p(x, shape) up to the words' scales, with an outside pass as its backward pass.
+
+    As in `messages`, the gradient with respect to a rule is its expected count; outside[v, P, A] is
+    kept such that it and the node's message have the inner product 1.
     """
-    tables = {}
-    for kind, table, position in (
-        (LEAVES, potentials.both, levels.gap),
-        (WORD_LEFT, potentials.left, levels.start),
-        (WORD_RIGHT, potentials.right, levels.end - 1),
-    ):
-        slices = [(first, behind) for this, first, behind in levels.slices if this == kind]
-        if slices:
-            nodes = torch.cat([torch.arange(*ends, device=position.device) for ends in slices])
-            found = table[levels.sentence[nodes], position[nodes]]
-            tables[kind] = iter(found.split([behind - first for first, behind in slices]))
-    return tables
+
+    @staticmethod
+    def forward(ctx, root, rules, left, right, both, levels: Levels):  # pyright: ignore
+        up = _upward(levels, rules, left, right, both)
+        ctx.save_for_backward(root, rules)
+        ctx.levels, ctx.up, ctx.sizes = levels, up, (left.shape, both.shape)
+        return (up.message[levels.root, -1] @ root).log() + up.log_scale[levels.root]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # pyright: ignore
+        root, rules = ctx.saved_tensors
+        levels: Levels = ctx.levels
+        up: _Messages = ctx.up
+        message, nonterminals = up.message, len(root)
+        top = message[levels.root, -1]
+        probability = top @ root
+        # A tree of probability zero has no gradient.
+        weight = torch.where(probability > 0, grad, 0.0)
+        outside = torch.zeros_like(message)
+        outside[levels.root, -1] = root / positive(probability)[:, None]
+        share = weight[levels.row] / up.factor
+        flat_rules = rules.flatten(2)
+        grad_rules = torch.zeros_like(flat_rules)
+
+        def descend(child: Tensor, value: Tensor) -> None:
+            """Give a node what it receives as a child: [parent's label, own label]."""
+            inner = (value * message[child, :nonterminals]).sum((1, 2))
+            outside[child, :nonterminals] = value / positive(inner)[:, None, None]
+
+        for kind, first, behind in reversed(levels.slices):
+            nodes = slice(first, behind)
+            a, b = levels.left[nodes], levels.right[nodes]
+            out = outside[nodes].mT
+            if kind == INNER:
+                on_left, on_right = message[a, :nonterminals], message[b, :nonterminals]
+                by_label = out.transpose(0, 1)
+                pair = torch.bmm(by_label, flat_rules).unflatten(2, (nonterminals, -1))
+                descend(a, (pair @ on_right.transpose(0, 1)[..., None]).squeeze(-1).transpose(0, 1))
+                descend(
+                    b, (on_left.transpose(0, 1)[..., None, :] @ pair).squeeze(-2).transpose(0, 1)
+                )
+                shared = by_label * share[nodes, None]
+                grad_rules.baddbmm_(shared.mT, _pairs(on_left, on_right))
+            elif kind != LEAVES:
+                child = b if kind == WORD_LEFT else a
+                descend(child, (out[..., None, :] @ up.tables[kind, first]).squeeze(-2))
+
+        outside *= share[:, None, None]
+        (batch, length), gaps = ctx.sizes[0][:2], ctx.sizes[1][1]
+        samples = len(levels.root) // batch
+
+        def of_words(kind: int, position: Tensor, child: Tensor) -> Tensor:
+            """The gradient of a table of words; each is looked up once by every tree at most."""
+            nodes = levels.of_kind(kind)
+            at = levels.sentence[nodes], position[nodes], levels.row[nodes] % samples
+            # Labels come first, as in the tables' memory.
+            above = message.new_zeros(batch, length, samples, *message.shape[1:])
+            below = message.new_zeros(batch, length, samples, nonterminals, nonterminals)
+            above[at] = outside[nodes]
+            below[at] = message[child[nodes], :nonterminals]
+            product = above.permute(4, 0, 1, 3, 2) @ below.permute(3, 0, 1, 2, 4)
+            return product.permute(1, 2, 0, 3, 4)
+
+        leaves = levels.of_kind(LEAVES)
+        grad_both = message.new_zeros(batch * gaps, nonterminals, message.shape[1])
+        at = levels.sentence[leaves] * gaps + levels.gap[leaves]
+        grad_both.index_add_(0, at, outside[leaves].mT)
+        return (
+            (weight / positive(probability)) @ top,
+            grad_rules.view_as(rules),
+            of_words(WORD_LEFT, levels.start, levels.right),
+            of_words(WORD_RIGHT, levels.end - 1, levels.left),
+            grad_both.unflatten(0, (batch, gaps)),
+            None,
+        )

@@ -39,7 +39,12 @@ from gfnem.posteriors.gflownet import (
 from gfnem.posteriors.sequence_env import SequenceEnv
 from gfnem.tasks.grammar import annotated_inside, inside
 from gfnem.tasks.grammar.annotated import AnnotatedPotentials
-from gfnem.tasks.grammar.annotated_messages import contexts, log_joint_shape, sample_labels
+from gfnem.tasks.grammar.annotated_messages import (
+    contexts,
+    log_joint_labelled,
+    log_joint_shape,
+    sample_labels,
+)
 from gfnem.tasks.grammar.chart_estimators import ChartEstimator
 from gfnem.tasks.grammar.data import Sentences
 from gfnem.tasks.grammar.encoder import SpanEncoder, SpanEncoding
@@ -101,13 +106,15 @@ class Splits(NamedTuple):
 class ChartCondition:
     """A batch of sentences as the policy sees it.
 
-    potentials: what the grammar says of the words, without gradients.
+    model_potentials: what the grammar says of the words, differentiable in it.
+    potentials: the same without gradients.
     vectors, scales: inside scores that guide the policy, [context, label], and their logarithmic
         scales.
     encode: the policy's encoder; it runs when something is first asked of it.
     """
 
     sentences: Sentences
+    model_potentials: AnnotatedPotentials
     potentials: AnnotatedPotentials
     vectors: SpanTable
     scales: SpanTable
@@ -214,8 +221,9 @@ class ChartPolicy(Policy):
             )
 
     def condition(self, model: AnnotatedModel, x: Sentences) -> ChartCondition:
+        model_potentials = model.potentials(x)
+        potentials = model_potentials.detach()
         with torch.no_grad():
-            potentials = model.potentials(x)
             scores = self._relaxed if self.guide == "relaxation" else annotated_inside.inside_scores
             vectors, scales = scores(potentials)
         gradients = torch.is_grad_enabled()
@@ -225,7 +233,9 @@ class ChartPolicy(Policy):
             with torch.set_grad_enabled(gradients):
                 return self.encoder(potentials.preterminal, x.lengths)
 
-        self.last_condition = ChartCondition(x, potentials, vectors, scales, encode)
+        self.last_condition = ChartCondition(
+            x, model_potentials, potentials, vectors, scales, encode
+        )
         return self.last_condition
 
     def _relaxed(self, potentials: AnnotatedPotentials) -> tuple[SpanTable, SpanTable]:
@@ -399,9 +409,10 @@ class ChartPolicy(Policy):
             rules = rule_scores(condition.potentials, trees, context)
             fixed = root_score(condition.potentials, trees)
             fixed = fixed + condition.potentials.total_log_scale[:, None]
-            log_joint = labelled = fixed + rules.sum(-1)
-            if self.latent == "shape":
-                log_joint = log_joint_shape(condition.potentials, trees)
+            labelled = fixed + rules.sum(-1)
+        of_latent = log_joint_shape if self.latent == "shape" else log_joint_labelled
+        model_log_joint = of_latent(condition.model_potentials, trees)
+        log_joint = model_log_joint.detach()
         leave = torch.zeros_like(forward[:1])
         backward = torch.zeros(len(forward) + 1, batch, samples, device=forward.device)
         backward = backward.to(forward.dtype)
@@ -413,6 +424,7 @@ class ChartPolicy(Policy):
             log_backward=backward,
             flows=lambda: self._flows(condition, trees, context, order, rules, fixed, log_joint),
             record=choices,
+            model_log_joint=model_log_joint if model_log_joint.requires_grad else None,
         )
 
     def _log_forward(

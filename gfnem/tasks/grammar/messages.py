@@ -91,6 +91,14 @@ class Levels:
             heights=list(zip([0, *behind[:-1]], behind, strict=True)),
         )
 
+    def of_kind(self, kind: int) -> Int[Tensor, "nodes"]:
+        """Positions of all nodes of a kind."""
+        parts = [
+            torch.arange(first, behind, device=self.row.device)
+            for this, first, behind in self.slices
+            if this == kind
+        ]
+        return torch.cat(parts) if parts else self.row.new_zeros(0)
 
     def by_gap(
         self, values: Float[Tensor, "total"], trees: Trees
@@ -202,12 +210,8 @@ class _LogJointShape(torch.autograd.Function):
         grad_left, grad_right = torch.zeros_like(left), torch.zeros_like(right)
         grad_both, grad_rules = torch.zeros_like(both), torch.zeros_like(rules)
         length = left.shape[1]
-        by_kind: dict[int, list[Tensor]] = {}
-        for kind, first, behind in levels.slices:
-            indices = torch.arange(first, behind, device=rules.device)
-            by_kind.setdefault(kind, []).append(indices)
-        for kind, parts in by_kind.items():
-            nodes = torch.cat(parts)
+        for kind in (LEAVES, WORD_LEFT, WORD_RIGHT, INNER):
+            nodes = levels.of_kind(kind)
             out, sentence = share[nodes], levels.sentence[nodes]
             if kind == LEAVES:
                 at = sentence * both.shape[1] + levels.gap[nodes]
@@ -327,9 +331,7 @@ def inside_scores(
     return nodes + words, root.view(words.shape[:2]) + potentials.total_log_scale[:, None]
 
 
-def scales_under(
-    potentials: MergePotentials, trees: Trees
-) -> Float[Tensor, "batch samples nodes"]:
+def scales_under(potentials: MergePotentials, trees: Trees) -> Float[Tensor, "batch samples nodes"]:
     """The sum of the scales of the words under each node."""
     word = torch.arange(potentials.log_scale.shape[1], device=trees.start.device)
     below = (word >= trees.start[..., None]) & (word < trees.end[..., None])

@@ -22,7 +22,7 @@ from gfnem.tasks.grammar.messages import (
     log_joint_shape,
     sample_labels,
 )
-from gfnem.tasks.grammar.potentials import Grammar, MergePotentials, Potentials
+from gfnem.tasks.grammar.potentials import Grammar, Potentials
 from gfnem.tasks.grammar.tree import Trees
 
 
@@ -70,7 +70,7 @@ class GrammarModel(TractableModel):
         return x, z
 
     @abstractmethod
-    def potentials(self, x: Sentences) -> MergePotentials:
+    def potentials(self, x: Sentences) -> Any:
         """The grammar with the words of a batch summed in, differentiable."""
 
     @abstractmethod

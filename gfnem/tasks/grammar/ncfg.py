@@ -140,7 +140,9 @@ class NeuralNCFG(AnnotatedModel):
         symbols = len(self.symbol)
         nonterminal, preterminal = self.symbol.tensor_split([self.nonterminals])
         root = self.root_rules(self.start).log_softmax(-1).squeeze(0)
-        binary = self.binary_rules(self.context[:, None] + nonterminal).log_softmax(-1)
+        # Labels come first in memory: every label's rules are one matrix of their own.
+        binary = self.binary_rules(nonterminal[:, None] + self.context).log_softmax(-1)
+        binary = binary.transpose(0, 1)
         emission = self.emission_rules(self.context[:-1, None] + preterminal).log_softmax(-1)
         if not self.child_rules:
             return DenseGrammar(root, binary.unflatten(-1, (symbols, symbols)), emission)

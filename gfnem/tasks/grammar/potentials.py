@@ -115,7 +115,7 @@ class MergePotentials(ABC):
         """Messages averaged over contexts.
 
         whole: whether the words are all of the sentence, above which there is but S.
-        weights: of the labels that may stand above others; None for equal ones.
+        weights: of the labels that may stand above, summing to 1; None for equal ones.
         """
 
 
@@ -174,7 +174,9 @@ class Potentials(MergePotentials):
             lengths=lengths,
         )
 
-    contexts = 1
+    @property
+    def contexts(self) -> int:
+        return 1
 
     def two_words(self) -> Float[Tensor, "batch gaps 1 nonterminals"]:
         return self.both[..., None, :]
