@@ -100,8 +100,6 @@ def test_option(
         else:
             folder = request.getfixturevalue("real_data") / "nltk_data"
             overrides += [f"data.dir={folder}", "data.max_length=5"]
-    if (group, option) == ("model", "ncfg"):
-        overrides.append("policy=chart")
     if (group, option) == ("policy", "chart"):
         overrides.append("model=ncfg")
     if option == "rate_posterior":

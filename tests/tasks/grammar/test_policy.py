@@ -15,6 +15,7 @@ from gfnem.tasks.grammar.data import Sentences
 from gfnem.tasks.grammar.messages import inside_scores
 from gfnem.tasks.grammar.policy import ForestCondition, ForestPolicy
 from gfnem.tasks.grammar.tree import Trees
+from tests.tasks.discrete_vae.tiny import make_model as make_vae
 from tests.tasks.grammar import oracle
 from tests.tasks.grammar.tiny import (
     BACKWARDS,
@@ -525,6 +526,14 @@ def test_flow_parameters_are_those_of_the_flows():
 def test_arguments_that_make_no_policy(kind, options, message):
     with pytest.raises(UserError, match=message):
         make_policy(kind, **{"latent": "shape", **options})
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+def test_other_models_than_grammars_are_refused(kind):
+    policy = make_policy(kind, "shape")
+    message = f"{type(policy).__name__} builds the trees of a grammar, which DiscreteVAE is not"
+    with pytest.raises(UserError, match=message):
+        policy.check(make_vae())
 
 
 @pytest.mark.parametrize("kind", POLICIES)
