@@ -58,6 +58,7 @@ def build(config: DictConfig) -> Built:
         if options is not None
     }
     schedule = make(resolved["schedule"]) if resolved.get("schedule") else None
+    evaluator = make(resolved["evaluator"], data=data) if resolved.get("evaluator") else None
     if not posterior.parameter_groups():
         _check_nothing_learns(resolved)
     em = make(
@@ -66,7 +67,7 @@ def build(config: DictConfig) -> Built:
         posterior=posterior,
         data=data,
         schedule=schedule,
-        evaluator=make(resolved["evaluator"], data=data),
+        evaluator=evaluator,
         device=device,
         **optimizers,
     )

@@ -41,17 +41,24 @@ MODELS = {
     "ncfg": ("model=ncfg", "model.nonterminals=12", "model.preterminals=24", "em.m_steps=600"),
 }
 LENGTHS = (10, 20)
-FORESTS = {
-    "root-flow": ("policy=root_flow",),
-    "light": ("policy=light",),
-    "transformer": ("policy=transformer",),
-}
-# The policies that each takes part with.
+# The policies that each takes part with. The chart of a context-free grammar is exact.
 POLICIES = {
-    "cfg": FORESTS,
-    "ncfg": {**FORESTS, "chart": ("policy=chart", "policy.guide=relaxation")},
+    model: {
+        "chart": ("policy=chart", "policy.guide=relaxation"),
+        "chart-unguided": ("policy=chart", "policy.guide=none"),
+        "root-flow": ("policy=root_flow",),
+        "light": ("policy=light",),
+        "transformer": ("policy=transformer",),
+    }
+    for model in MODELS
 }
-COLORS = {"chart": "#1f6fb4", "root-flow": "#d1601f", "light": "#3a8f4d", "transformer": "#8a4fb0"}
+COLORS = {
+    "chart": "#1f6fb4",
+    "chart-unguided": "#6db3e8",
+    "root-flow": "#d1601f",
+    "light": "#3a8f4d",
+    "transformer": "#8a4fb0",
+}
 
 # Seconds after which the gap is measured, and those that the table shows.
 MEASURED = (0, 1, 2, 5, 10, 20, 30, 45, 60, 90, 120)
@@ -253,6 +260,7 @@ def figure(results: Results) -> Figure:
     for axes in grid[:, 0]:
         axes.set_ylabel("posterior gap, nats")
     lines = {line.get_label(): line for axes in grid.flat for line in axes.lines}
+    lines = {policy: lines[policy] for policy in COLORS if policy in lines}
     drawn.legend(lines.values(), lines, loc="outside lower left", ncols=len(lines), frameon=False)
     return drawn
 
@@ -261,7 +269,9 @@ def panel(axes: Axes, model: str, length: int, results: Results) -> None:
     axes.set_title(f"{model}, to {length} words", loc="left", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#eeeeee")
-    axes.set_yscale("log")
+    # Logarithmic, but for gaps of about nothing.
+    axes.set_yscale("symlog", linthresh=0.1)
+    axes.axhline(0, color="#aaaaaa", linewidth=0.8)
     for (of_model, of_length, policy), lines in results.items():
         if (of_model, of_length) == (model, length):
             axes.plot(

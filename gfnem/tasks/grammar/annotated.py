@@ -126,7 +126,7 @@ class AnnotatedGrammar(ABC):
         Float[Tensor, "nonterminals batch length preterminals"], Float[Tensor, "batch length"]
     ]:
         """p(T -> w_i | T, A), scaled to maximum 1 for each word, and the scales' logarithms."""
-        log_emission = self.emission[:, :, words].permute(0, 2, 3, 1)
+        log_emission = self.emission.transpose(1, 2)[:, words]
         log_scale = log_emission.detach().amax((0, 3))
         log_scale = torch.where(log_scale.isfinite(), log_scale, 0.0)
         return (log_emission - log_scale[..., None]).exp(), log_scale
@@ -209,9 +209,9 @@ class DenseGrammar(AnnotatedGrammar):
         emission, log_scale = self._emissions(words)
         size = emission.shape[1:3]
         # Split, not sliced: the gradient of a slice is as large as what it is cut from.
-        by_left = self.binary.transpose(0, 1).exp().tensor_split([nt], 2)
+        by_left = self.binary.transpose(0, 1).exp().split((nt, self.preterminals), 2)
         (rules, inner_word), (word_inner, word_word) = (
-            part.tensor_split([nt], 3) for part in by_left
+            part.split((nt, self.preterminals), 3) for part in by_left
         )
 
         def of_word(rules: Tensor) -> Tensor:

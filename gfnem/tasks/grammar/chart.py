@@ -1,4 +1,4 @@
-"""A policy that draws labelled trees top-down from a chart, for grammars that see the parent.
+"""A policy that draws labelled trees top-down from a chart.
 
 First the root's label is drawn, then every open span of at least two words is split: with label A
 and context P, into (k, B, C) with logit
@@ -7,7 +7,7 @@ and context P, into (k, B, C) with logit
 
 b being the logarithm of the guide's inside scores plus what the encoder says of the span, under its
 own label and its parent's. Words are exact. With the exact inside scores as guide and an encoder
-that says nothing, the policy is the posterior.
+that says nothing, the policy is the posterior. A context-free grammar has one context.
 
 Spans are split from the widest to the narrowest, those of one width from left to right, so there is
 one trajectory to each labelled tree: P_B = 1 and q(z | x) is P_F. To a shape there are as many as
@@ -39,18 +39,14 @@ from gfnem.posteriors.gflownet import (
 from gfnem.posteriors.sequence_env import SequenceEnv
 from gfnem.tasks.grammar import annotated_inside, inside
 from gfnem.tasks.grammar.annotated import AnnotatedPotentials
-from gfnem.tasks.grammar.annotated_messages import (
-    contexts,
-    log_joint_labelled,
-    log_joint_shape,
-    sample_labels,
-)
+from gfnem.tasks.grammar.annotated_messages import contexts
 from gfnem.tasks.grammar.chart_estimators import ChartEstimator
 from gfnem.tasks.grammar.data import Sentences
 from gfnem.tasks.grammar.encoder import SpanEncoder, SpanEncoding
 from gfnem.tasks.grammar.messages import root_score, rule_scores
-from gfnem.tasks.grammar.model import check_latent
+from gfnem.tasks.grammar.model import GrammarModel, ParsingModel, check_latent
 from gfnem.tasks.grammar.ncfg import AnnotatedModel
+from gfnem.tasks.grammar.potentials import Potentials
 from gfnem.tasks.grammar.spans import SpanTable
 from gfnem.tasks.grammar.tree import Trees
 
@@ -106,7 +102,8 @@ class Splits(NamedTuple):
 class ChartCondition:
     """A batch of sentences as the policy sees it.
 
-    model_potentials: what the grammar says of the words, differentiable in it.
+    model: the grammar.
+    model_potentials: what it says of the words, of its own kind and differentiable.
     potentials: the same without gradients.
     vectors, scales: inside scores that guide the policy, [context, label], and their logarithmic
         scales.
@@ -114,7 +111,8 @@ class ChartCondition:
     """
 
     sentences: Sentences
-    model_potentials: AnnotatedPotentials
+    model: GrammarModel
+    model_potentials: Potentials | AnnotatedPotentials
     potentials: AnnotatedPotentials
     vectors: SpanTable
     scales: SpanTable
@@ -128,6 +126,18 @@ class ChartCondition:
     @property
     def lengths(self) -> Int[Tensor, "batch"]:
         return self.sentences.lengths
+
+    def seen(self, context: Int[Tensor, "*any"]) -> Int[Tensor, "*any"]:
+        """The context as the grammar's rules see it."""
+        return context if isinstance(self.model, AnnotatedModel) else torch.zeros_like(context)
+
+    def log_joint(self, z: Trees) -> Float[Tensor, "batch samples"]:
+        """log p(x, z), differentiable in the model."""
+        return self.model.log_joint_given(self.model_potentials, z)
+
+    def labelled(self, z: Trees) -> Trees:
+        """The trees themselves, or shapes with labels from P_B."""
+        return z if z.labels is not None else self.model.sample_labels(self.model_potentials, z)
 
     def root_logits(self) -> Float[Tensor, "batch nonterminals"]:
         """Of the labels of whole sentences."""
@@ -148,7 +158,7 @@ class ChartCondition:
         right_scale = self.scales.by_start[middle, sentence, width - split]
         scale = torch.where(valid, left_scale + right_scale, -torch.inf)
         largest = scale.amax(-1, keepdim=True).clamp(min=torch.finfo(scale.dtype).min)
-        table, row = self.potentials, spans.sentence
+        table, row, context = self.potentials, spans.sentence, self.seen(spans.context)
         last = spans.start + spans.width - 1
         left = self._child(sentence, start, split, spans.label)
         right = self._child(sentence, middle, width - split, spans.label)
@@ -157,16 +167,16 @@ class ChartCondition:
             weights=(scale - largest).exp(),
             left=left,
             right=right,
-            rules=table.rules[spans.label, spans.context],
-            word_left=table.left[row, spans.start, spans.label, spans.context] * right[:, 0],
-            word_right=table.right[row, last, spans.label, spans.context] * left[wide],
+            rules=table.rules[spans.label, context],
+            word_left=table.left[row, spans.start, spans.label, context] * right[:, 0],
+            word_right=table.right[row, last, spans.label, context] * left[wide],
         )
 
     def _child(
         self, sentence: Tensor, start: Tensor, width: Tensor, parent: Int[Tensor, "spans"]
     ) -> Float[Tensor, "spans splits nonterminals"]:
         """exp b of each label, without its scale; 0 for words."""
-        guide = self.vectors.by_start[start, sentence, width, parent[:, None]]
+        guide = self.vectors.by_start[start, sentence, width, self.seen(parent)[:, None]]
         # A word has no span, and a guide of 0.
         span = self.encoding.index[start, torch.where(width > 1, start + width, start)]
         own, under = self.encoding.scores[sentence, span].chunk(2, -1)
@@ -180,9 +190,10 @@ class ChartPolicy(Policy):
     nonterminals, preterminals: of the grammar.
     max_length: the longest sentence in words.
     latent: "shape" or "labelled".
-    guide: "exact", the grammar's own inside scores, or "relaxation": those of a context-free
+    guide: "exact", the grammar's own inside scores; or "relaxation", those of a context-free
         grammar with rules averaged over parents, as often as the last samples had them, at less
-        than a tenth of the cost; spans of two words are exact under their parent.
+        than a tenth of the cost; spans of two words are exact under their parent. A grammar that is
+        context-free is its own relaxation. Or "none": the rules and the encoder are on their own.
     width: of the encoder's layers.
     dropout: in the encoder, in training.
     """
@@ -195,14 +206,14 @@ class ChartPolicy(Policy):
         preterminals: int,
         max_length: int,
         latent: Literal["shape", "labelled"] = "shape",
-        guide: Literal["relaxation", "exact"] = "relaxation",
+        guide: Literal["relaxation", "exact", "none"] = "relaxation",
         width: int = 128,
         dropout: float = 0.0,
     ):
         super().__init__()
         check_latent(latent)
-        if guide not in ("relaxation", "exact"):
-            raise UserError(f"policy.guide is {guide!r}; use 'relaxation' or 'exact'")
+        if guide not in ("relaxation", "exact", "none"):
+            raise UserError(f"policy.guide is {guide!r}; use 'relaxation', 'exact' or 'none'")
         self.nonterminals = nonterminals
         self.latent = latent
         self.guide = guide
@@ -214,18 +225,22 @@ class ChartPolicy(Policy):
         self._envs: dict[tuple[int, str], SequenceEnv] = {}
 
     def check(self, model: LatentVariableModel) -> None:
-        if not isinstance(model, AnnotatedModel):
+        if not isinstance(model, ParsingModel | AnnotatedModel):
             raise UserError(
-                f"{type(self).__name__} is for grammars whose rules see the parent, which "
-                f"{type(model).__name__} is not: use model=ncfg or another policy"
+                f"{type(self).__name__} reads the rules of a grammar, of which "
+                f"{type(model).__name__} has none: use another policy"
+            )
+        if self.guide == "exact" and not model.tractable:
+            raise UserError(
+                f"policy.guide=exact: this {type(model).__name__} is too large for it; make it "
+                "smaller or use policy.guide=relaxation"
             )
 
-    def condition(self, model: AnnotatedModel, x: Sentences) -> ChartCondition:
+    def condition(self, model: GrammarModel, x: Sentences) -> ChartCondition:
         model_potentials = model.potentials(x)
-        potentials = model_potentials.detach()
+        potentials = _annotated(model_potentials).detach()
         with torch.no_grad():
-            scores = self._relaxed if self.guide == "relaxation" else annotated_inside.inside_scores
-            vectors, scales = scores(potentials)
+            vectors, scales = self._guide(model, potentials)
         gradients = torch.is_grad_enabled()
 
         def encode() -> SpanEncoding:
@@ -234,23 +249,35 @@ class ChartPolicy(Policy):
                 return self.encoder(potentials.preterminal, x.lengths)
 
         self.last_condition = ChartCondition(
-            x, model_potentials, potentials, vectors, scales, encode
+            x, model, model_potentials, potentials, vectors, scales, encode
         )
         return self.last_condition
+
+    def _guide(
+        self, model: GrammarModel, potentials: AnnotatedPotentials
+    ) -> tuple[SpanTable, SpanTable]:
+        """Inside scores [context, label] and their logarithmic scales."""
+        batch, length, _, contexts, nonterminals = potentials.left.shape
+        if self.guide == "none":
+            like = potentials.root
+            vectors = SpanTable.zeros(like, length, batch, contexts, nonterminals)
+            for width in range(2, length + 1):
+                vectors.put(
+                    width, torch.ones_like(vectors.by_start[: length - width + 1, :, width])
+                )
+            return vectors, SpanTable.zeros(like, length, batch)
+        if isinstance(model, AnnotatedModel):
+            if self.guide == "exact":
+                return annotated_inside.inside_scores(potentials)
+            return self._relaxed(potentials)
+        return _context_free(potentials, potentials.root.new_ones(nonterminals, 1))
 
     def _relaxed(self, potentials: AnnotatedPotentials) -> tuple[SpanTable, SpanTable]:
         weight = self.usage + PRIOR
         weight = (weight / weight.sum(-1, keepdim=True)).to(potentials.rules.dtype)
-        vectors, scales = inside.inside_scores(
-            root=potentials.root,
-            rules=torch.einsum("apbc,ap->abc", potentials.rules, weight),
-            left=torch.einsum("niapc,ap->niac", potentials.left, weight),
-            right=torch.einsum("niapb,ap->niab", potentials.right, weight),
-            both=torch.einsum("niap,ap->nia", potentials.both, weight),
-            lengths=potentials.lengths,
-        )
+        vectors, scales = _context_free(potentials, weight)
         by_start, by_end = (
-            table[..., None, :].repeat_interleave(weight.shape[1], -2)
+            table.repeat_interleave(weight.shape[1], -2)
             for table in (vectors.by_start, vectors.by_end)
         )
         vectors = SpanTable(by_start, by_end)
@@ -269,13 +296,13 @@ class ChartPolicy(Policy):
         return self._paths(condition, trees)
 
     def retrace(self, condition: ChartCondition, z: Trees) -> Paths:
-        return self._paths(condition, _labelled(condition, z))
+        return self._paths(condition, condition.labelled(z))
 
     @torch.no_grad()
     def regrow(
         self, condition: ChartCondition, z: Trees, depth: int, temperature: float = 1.0
     ) -> tuple[Paths, Paths]:
-        trees = _labelled(condition, z)
+        trees = condition.labelled(z)
         keep = (condition.lengths - depth).clamp(min=0)
         new = self._roll(
             condition, z.start.shape[1], Behaviour(temperature), forced=trees, keep=keep
@@ -406,19 +433,19 @@ class ChartPolicy(Policy):
             step = torch.arange(len(forward), device=forward.device)[:, None]
             forward = forward.masked_fill(step < score_from.repeat_interleave(samples), 0.0)
         with torch.no_grad():
-            rules = rule_scores(condition.potentials, trees, context)
+            rules = rule_scores(condition.potentials, trees, condition.seen(context))
             fixed = root_score(condition.potentials, trees)
             fixed = fixed + condition.potentials.total_log_scale[:, None]
             labelled = fixed + rules.sum(-1)
-        of_latent = log_joint_shape if self.latent == "shape" else log_joint_labelled
-        model_log_joint = of_latent(condition.model_potentials, trees)
+        z = trees if self.latent == "labelled" else trees.shapes()
+        model_log_joint = condition.log_joint(z)
         log_joint = model_log_joint.detach()
         leave = torch.zeros_like(forward[:1])
         backward = torch.zeros(len(forward) + 1, batch, samples, device=forward.device)
         backward = backward.to(forward.dtype)
         backward[-2] = labelled - log_joint
         return Paths(
-            z=trees if self.latent == "labelled" else trees.shapes(),
+            z=z,
             log_joint=log_joint,
             log_forward=torch.cat([forward, leave]).unflatten(1, (batch, samples)),
             log_backward=backward,
@@ -502,7 +529,8 @@ class ChartPolicy(Policy):
         label = trees.labels.clamp(min=0)
         width = (trees.end - trees.start).clamp(min=0)
         span = encoding.index[trees.start, trees.end]
-        guide = _log(condition.vectors.by_start[trees.start, sentence, width, context, label])
+        seen = condition.seen(context)
+        guide = _log(condition.vectors.by_start[trees.start, sentence, width, seen, label])
         guide = guide + scales[trees.start, sentence, width] + encoding.flow[sentence, span, label]
         guide = torch.where(trees.exists, guide, 0.0).flatten(0, 1)
         # A node is open from the step behind its parent's to its own.
@@ -556,9 +584,36 @@ class ChartPolicy(Policy):
         return list(self.encoder.flow.parameters())
 
 
-def _labelled(condition: ChartCondition, z: Trees) -> Trees:
-    """The trees themselves, or shapes with labels from P_B."""
-    return sample_labels(condition.potentials, z) if z.labels is None else z
+def _annotated(potentials: Potentials | AnnotatedPotentials) -> AnnotatedPotentials:
+    """Rules that see no parent as rules that have one context."""
+    if isinstance(potentials, AnnotatedPotentials):
+        return potentials
+    return AnnotatedPotentials(
+        root=potentials.root,
+        rules=potentials.rules[:, None],
+        left=potentials.left[..., None, :],
+        right=potentials.right[..., None, :],
+        both=potentials.both[..., None],
+        preterminal=potentials.preterminal,
+        log_scale=potentials.log_scale,
+        log_word=potentials.log_word,
+        lengths=potentials.lengths,
+    )
+
+
+def _context_free(
+    potentials: AnnotatedPotentials, weight: Float[Tensor, "nonterminals contexts"]
+) -> tuple[SpanTable, SpanTable]:
+    """Inside scores, [one context, label], of rules averaged over contexts with weights."""
+    vectors, scales = inside.inside_scores(
+        root=potentials.root,
+        rules=torch.einsum("apbc,ap->abc", potentials.rules, weight),
+        left=torch.einsum("niapc,ap->niac", potentials.left, weight),
+        right=torch.einsum("niapb,ap->niab", potentials.right, weight),
+        both=torch.einsum("niap,ap->nia", potentials.both, weight),
+        lengths=potentials.lengths,
+    )
+    return SpanTable(vectors.by_start[..., None, :], vectors.by_end[..., None, :]), scales
 
 
 def _log(x: Tensor) -> Tensor:

@@ -19,12 +19,14 @@ from gfnem.tasks.grammar import inside
 from gfnem.tasks.grammar.annotated import DenseGrammar
 from gfnem.tasks.grammar.chart import ChartPolicy
 from gfnem.tasks.grammar.data import Sentences, toy_english
-from gfnem.tasks.grammar.model import NeuralPCFG
-from gfnem.tasks.grammar.ncfg import AnnotatedModel
+from gfnem.tasks.grammar.ncfg import AnnotatedModel, NeuralNCFG
 from gfnem.tasks.grammar.tree import Trees
+from gfnem.tasks.mixture.data import sampled
+from gfnem.tasks.mixture.model import starting_at
 from tests.tasks.grammar import annotated_oracle, oracle
 from tests.tasks.grammar.tiny import (
     LATENTS,
+    FixedPCFG,
     count_trees,
     float64,  # noqa: F401
     p_value,
@@ -35,7 +37,7 @@ from tests.tasks.grammar.tiny import (
 pytestmark = pytest.mark.usefixtures("float64")
 
 NONTERMINALS = 2
-GUIDES = ("relaxation", "exact")
+GUIDES = ("relaxation", "exact", "none")
 
 
 class FixedNCFG(AnnotatedModel):
@@ -108,6 +110,61 @@ def test_an_exact_guide_gives_the_posterior(latent):
     assert log_likelihood is not None
     torch.testing.assert_close(paths.log_weights, log_likelihood[:, None].expand(-1, 6))
     torch.testing.assert_close(paths.log_joint, model.log_joint(x, paths.z))
+
+
+@pytest.mark.parametrize("guide", ["exact", "relaxation"])
+@pytest.mark.parametrize("latent", LATENTS)
+def test_a_context_free_grammar_is_its_own_relaxation(latent, guide):
+    grammar = oracle.random_grammar(NONTERMINALS, 3, seed=1)
+    model, policy = FixedPCFG(grammar, latent), ChartPolicy(NONTERMINALS, 3, 8, latent, guide)
+    x = sentences([4, 2, 5, 3])
+    trees = every_labelled(x)
+    log_q = policy.log_forward(policy.condition(model, x), trees)
+    for index in range(len(x)):
+        exact = oracle.posterior(oracle.enumerate_labelled(grammar, words_of(x, index)))
+        found = {
+            oracle.tree_at(trees, index, s): exp(q) for s, q in enumerate(log_q[index].tolist())
+        }
+        assert found == pytest.approx(exact, abs=1e-12)
+    paths = policy.sample(policy.condition(model, x), 6)
+    log_likelihood = model.log_likelihood(x)
+    torch.testing.assert_close(paths.log_weights, log_likelihood[:, None].expand(-1, 6))
+    torch.testing.assert_close(paths.log_joint, model.log_joint(x, paths.z))
+    flows, partial = paths.flows()
+    torch.testing.assert_close((flows + partial)[0], log_likelihood.repeat_interleave(6))
+
+
+@pytest.mark.parametrize("latent", LATENTS)
+def test_the_rules_and_the_encoder_on_their_own_learn_a_context_free_posterior(latent):
+    torch.manual_seed(0)
+    model = FixedPCFG(oracle.random_grammar(NONTERMINALS, 3, seed=2), latent)
+    x = sentences([4])
+    policy = ChartPolicy(NONTERMINALS, 3, 8, latent, "none", width=32)
+    posterior = GFlowNetPosterior(policy, samples=16)
+    optimizer = torch.optim.Adam(policy.parameters(), 1e-2)
+    exact = oracle.posterior(
+        (oracle.enumerate_labelled if latent == "labelled" else oracle.enumerate_shapes)(
+            model.grammar(), words_of(x, 0)
+        )
+    )
+
+    def total_variation() -> float:
+        trees = every_labelled(x)
+        log_q = policy.log_forward(policy.condition(model, x), trees)[0].tolist()
+        q: dict[Any, float] = dict.fromkeys(exact, 0.0)
+        for tree, value in {oracle.tree_at(trees, 0, s): v for s, v in enumerate(log_q)}.items():
+            q[tree if latent == "labelled" else oracle.shape_of(tree)] += exp(value)
+        return sum(abs(q[z] - p) for z, p in exact.items()) / 2
+
+    before = total_variation()
+    for _ in range(150):
+        loss = posterior.e_step(model, x).loss
+        assert loss is not None
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert before > 0.1
+    assert total_variation() < 0.05
 
 
 @pytest.mark.parametrize("name", ["vargrad", "tb", "subtb", "fl_db"])
@@ -299,10 +356,17 @@ def test_the_relaxation_averages_rules_over_the_parents_counted():
     torch.testing.assert_close(two, p.both[:, 1].mT)
 
 
-def test_only_for_rules_that_see_the_parent():
+def test_only_for_grammars():
     posterior = GFlowNetPosterior(ChartPolicy(2, 3, 8))
-    model = NeuralPCFG(8, 2, 3, width=4)
-    message = "ChartPolicy is for grammars whose rules see the parent, which NeuralPCFG is not"
+    message = "ChartPolicy reads the rules of a grammar, of which HierarchicalMixture has none"
+    with pytest.raises(UserError, match=message):
+        posterior.check(starting_at(sampled()))
+
+
+def test_an_exact_guide_needs_a_grammar_of_moderate_size():
+    posterior = GFlowNetPosterior(ChartPolicy(41, 3, 8, guide="exact"))
+    model = NeuralNCFG(8, 41, 3, rank=2, width=4)
+    message = "policy.guide=exact: this NeuralNCFG is too large for it"
     with pytest.raises(UserError, match=message):
         EM(model, posterior, toy_english(train_sentences=10), m_steps=1)
 
@@ -311,7 +375,7 @@ def test_only_for_rules_that_see_the_parent():
     "options, message",
     [
         ({"latent": "tree"}, "latent is 'tree'; use 'shape' or 'labelled'"),
-        ({"guide": "best"}, "policy.guide is 'best'; use 'relaxation' or 'exact'"),
+        ({"guide": "best"}, "policy.guide is 'best'; use 'relaxation', 'exact' or 'none'"),
     ],
 )
 def test_options_that_make_no_policy(options, message):

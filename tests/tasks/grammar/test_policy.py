@@ -321,11 +321,11 @@ def test_other_sentences_of_a_batch_change_nothing(kind, latent, backward):
 
 @every_backward
 def test_flows_are_sums_over_the_roots_of_a_state(latent, backward):
-    _, policy, x, condition = setting("light", latent, backward)
+    model, policy, x, condition = setting("light", latent, backward)
     samples = 4
     paths = policy.sample(condition, samples)
     trajectories = policy.trajectories(condition, paths)
-    node_scores, _ = inside_scores(condition.potentials, paths.z)
+    node_scores, _ = inside_scores(model.potentials(x), paths.z)
     encoding, learned_and_partial = condition.encoding, paths.flows()
     for step in range(max(LENGTHS)):
         for row in range(len(x) * samples):
@@ -492,7 +492,9 @@ def test_selected_sentences_are_conditions_of_their_own():
     rows = torch.tensor([2, 0, 2])
     selected = condition.select(rows)
     assert torch.equal(selected.lengths, x.lengths[rows])
-    torch.testing.assert_close(selected.potentials.both, condition.potentials.both[rows])
+    torch.testing.assert_close(
+        selected.potentials.two_words(), condition.potentials.two_words()[rows]
+    )
     torch.testing.assert_close(selected.encoding.flow, condition.encoding.flow[rows])
 
 
