@@ -406,6 +406,17 @@ class TestRulesThatSeeTheParent:
         line = failing(["parse", "run=ncfg", "file=sentences.txt", "decode=viterbi"], capsys)
         assert "decode=viterbi needs a context-free grammar" in line
 
+    @pytest.mark.parametrize("policy", ["root_flow", "light", "transformer"])
+    def test_trains_with_a_policy_over_forests(
+        self, policy: str, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(GrammarEvaluator, "report", lambda *arguments: None)
+        options = ["model=ncfg", f"policy={policy}", "latent=labelled", "run_dir=forest"]
+        more = ["refinement=back_and_forth", "objective=subtb", "posterior.sleep=1.0"]
+        assert main([*tiny, *options, *more]) == 0
+        summary = json.loads(Path("forest/summary.json").read_text())
+        assert summary["test/posterior_gap"] > 0
+
     @pytest.mark.parametrize("latent", ["shape", "labelled"])
     def test_trains_with_a_chart(
         self, latent: str, tiny: list[str], monkeypatch: pytest.MonkeyPatch
@@ -421,13 +432,6 @@ class TestRulesThatSeeTheParent:
             summary["test/nll_per_token"], abs=0.01
         )
         assert state_of(Path("chart"), "last")["posterior"]["policy.usage"].sum() > 0
-
-    def test_policies_over_forests_are_refused_before_training(
-        self, tiny: list[str], capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        line = failing([*tiny, "model=ncfg", "run_dir=refused"], capsys)
-        assert "a context-free grammar says, which NeuralNCFG is not" in line
-        assert not Path("refused").exists()
 
 
 class TestCompare:

@@ -106,8 +106,6 @@ def test_option(
             folder = "nltk_data" if option == "treebank" else option
             real_data = request.getfixturevalue("real_data")
             overrides += [f"data.dir={real_data / folder}", "data.max_length=5"]
-    if (group, option) == ("model", "ncfg"):
-        overrides.append("policy=chart")
     if (group, option) == ("policy", "chart"):
         overrides.append("model=ncfg")
     if option == "rate_posterior":

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -18,10 +19,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gfnem.categorical import sample_categorical
+from gfnem.tasks.grammar.potentials import MergePotentials
 
 
 @dataclass(frozen=True)
-class AnnotatedPotentials:
+class AnnotatedPotentials(MergePotentials):
     """What an annotated grammar says of the words of a batch of sentences, as probabilities.
 
     Contexts are nonterminals, then S. Labels come first, as each has rules of its own.
@@ -35,6 +37,7 @@ class AnnotatedPotentials:
     both: sum over T and U of p(A -> T U | A, P) p(T -> w_i | T, A) p(U -> w_i+1 | U, A).
     preterminal: p(T -> w_i | T, A), mean over A, divided by its sum over T: what encoders see.
     log_scale: every p(T -> w_i | T, A) above is divided by exp(log_scale[i]), their maximum.
+    log_word: log of the mean over T and A of p(T -> w_i | T, A).
     lengths: words of each sentence; entries behind the sentence are meaningless.
     """
 
@@ -45,17 +48,42 @@ class AnnotatedPotentials:
     both: Float[Tensor, "batch gaps nonterminals contexts"]
     preterminal: Float[Tensor, "batch length preterminals"]
     log_scale: Float[Tensor, "batch length"]
+    log_word: Float[Tensor, "batch length"]
     lengths: Int[Tensor, "batch"]
 
     @property
-    def total_log_scale(self) -> Float[Tensor, "batch"]:
-        """The sum of log_scale over each sentence's words."""
-        position = torch.arange(self.log_scale.shape[1], device=self.lengths.device)
-        return (self.log_scale * (position < self.lengths[:, None])).sum(-1)
+    def contexts(self) -> int:
+        return self.rules.shape[1]
+
+    def two_words(self) -> Float[Tensor, "batch gaps contexts nonterminals"]:
+        return self.both.mT
+
+    def word_on_left(self, sentence: Tensor, word: Tensor, right: Tensor) -> Tensor:
+        # The label of the merged root is the other one's context, which S never is.
+        return (self.left[sentence, word] @ right[:, :-1, :, None]).squeeze(-1).mT
+
+    def word_on_right(self, sentence: Tensor, word: Tensor, left: Tensor) -> Tensor:
+        return (self.right[sentence, word] @ left[:, :-1, :, None]).squeeze(-1).mT
+
+    @cached_property
+    def _pairs_to_contexts(self) -> Float[Tensor, "nonterminals pairs contexts"]:
+        return self.rules.flatten(2).mT
+
+    def two_roots(self, left: Tensor, right: Tensor) -> Tensor:
+        pairs = (left[:, :-1, :, None] * right[:, :-1, None]).flatten(2)
+        return torch.bmm(pairs.transpose(0, 1), self._pairs_to_contexts).permute(1, 2, 0)
+
+    def average(self, message: Tensor, whole: Tensor, weights: Tensor | None = None) -> Tensor:
+        under_s, others = message[..., -1, :], message[..., :-1, :]
+        if weights is None:
+            average = others.mean(-2)
+        else:
+            average = (weights[..., None, :] @ others).squeeze(-2)
+        return torch.where(whole[..., None], under_s, average)
 
     def detach(self) -> AnnotatedPotentials:
         """The same without gradients."""
-        tables = ("root", "rules", "left", "right", "both", "preterminal")
+        tables = ("root", "rules", "left", "right", "both", "preterminal", "log_word")
         return replace(self, **{name: getattr(self, name).detach() for name in tables})
 
 
@@ -109,6 +137,14 @@ def _preterminal(
 ) -> Float[Tensor, "batch length preterminals"]:
     mean = emission.mean(0)
     return mean / (mean.sum(-1, keepdim=True) + torch.finfo(mean.dtype).tiny)
+
+
+def _log_word(
+    emission: Float[Tensor, "nonterminals batch length preterminals"],
+    log_scale: Float[Tensor, "batch length"],
+) -> Float[Tensor, "batch length"]:
+    mean = emission.mean((0, 3))
+    return mean.clamp(min=torch.finfo(mean.dtype).tiny).log() + log_scale
 
 
 class _WordPairs(torch.autograd.Function):
@@ -199,6 +235,7 @@ class DenseGrammar(AnnotatedGrammar):
             both=both,
             preterminal=_preterminal(emission),
             log_scale=log_scale,
+            log_word=_log_word(emission, log_scale),
             lengths=lengths,
         )
 
@@ -246,5 +283,6 @@ class LowRankGrammar(AnnotatedGrammar):
             both=torch.einsum("anir,apr->niap", both, mixture),
             preterminal=_preterminal(emission),
             log_scale=log_scale,
+            log_word=_log_word(emission, log_scale),
             lengths=lengths,
         )

@@ -24,6 +24,8 @@ from gfnem.tasks.grammar.messages import (
     positive,
     root_score,
     rule_scores,
+    scales_under,
+    under,
 )
 from gfnem.tasks.grammar.tree import Trees
 
@@ -65,6 +67,33 @@ def log_joint_shape(
     p = potentials
     value = _LogJointShape.apply(p.root, p.rules, p.left, p.right, p.both, Levels.of(trees))
     return value.view(trees.start.shape[:2]) + potentials.total_log_scale[:, None]
+
+
+def inside_scores(
+    potentials: AnnotatedPotentials, trees: Trees
+) -> tuple[Float[Tensor, "batch samples nodes"], Float[Tensor, "batch samples"]]:
+    """What the grammar says of the words under each node, and log p(x, tree); no gradients.
+
+    The former is the logarithm of sum over A of p(words under the node, shape below it | A, P),
+    averaged over the nonterminals P, for shapes. In labelled trees it counts the rules whose
+    context the node's own label completes: those of the nodes below it, without its own.
+    """
+    words = scales_under(potentials, trees)
+    if trees.labels is not None:
+        rules = rule_scores(potentials, trees, contexts(trees, len(potentials.root)))
+        log_joint = rules.sum(-1) + root_score(potentials, trees)
+        own = torch.eye(rules.shape[-1], dtype=torch.bool, device=rules.device)
+        scores = torch.where(under(trees) & ~own, rules[..., None, :], 0.0).sum(-1) + words
+    else:
+        levels = Levels.of(trees)
+        p = potentials
+        up = _upward(levels, p.rules, p.left, p.right, p.both)
+        inner = torch.zeros_like(levels.row, dtype=torch.bool)
+        nodes = p.average(up.message, inner).sum(-1).log() + up.log_scale
+        scores = levels.by_gap(nodes, trees) + words
+        root = (up.message[levels.root, -1] @ p.root).log() + up.log_scale[levels.root]
+        log_joint = root.view(words.shape[:2])
+    return scores, log_joint + potentials.total_log_scale[:, None]
 
 
 def sample_labels(

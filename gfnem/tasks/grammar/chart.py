@@ -624,6 +624,7 @@ def _annotated(potentials: Potentials | AnnotatedPotentials) -> AnnotatedPotenti
         both=potentials.both[..., None],
         preterminal=potentials.preterminal,
         log_scale=potentials.log_scale,
+        log_word=potentials.log_word,
         lengths=potentials.lengths,
     )
 

@@ -62,6 +62,12 @@ class AnnotatedModel(GrammarModel):
             return annotated_messages.log_joint_shape(potentials, z)
         return annotated_messages.log_joint_labelled(potentials, z)
 
+    @torch.no_grad()
+    def inside_scores(
+        self, potentials: AnnotatedPotentials, z: Trees
+    ) -> tuple[Float[Tensor, "batch samples nodes"], Float[Tensor, "batch samples"]]:
+        return annotated_messages.inside_scores(potentials, z)
+
     def log_likelihood(self, x: Sentences) -> Float[Tensor, "batch"] | None:
         return annotated_inside.log_partition(self.potentials(x)) if self.tractable else None
 

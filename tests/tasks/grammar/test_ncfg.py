@@ -10,7 +10,6 @@ import torch
 from gfnem.em import EM
 from gfnem.errors import UserError
 from gfnem.posteriors.exact import ExactPosterior
-from gfnem.posteriors.gflownet import GFlowNetPosterior
 from gfnem.tasks.grammar.annotated import DenseGrammar, LowRankGrammar
 from gfnem.tasks.grammar.data import toy_english
 from gfnem.tasks.grammar.evaluate import parse
@@ -18,11 +17,9 @@ from gfnem.tasks.grammar.ncfg import NeuralNCFG
 from gfnem.tasks.grammar.tree import Trees
 from tests.tasks.grammar import annotated_oracle, oracle
 from tests.tasks.grammar.tiny import (
-    POLICIES,
     count_trees,
     every_shape,
     float64,  # noqa: F401
-    make_policy,
     p_value,
     sentences,
     words_of,
@@ -133,13 +130,6 @@ def test_no_likelihood_of_many_nonterminals():
     assert not many.tractable and many.log_likelihood(x) is None
     with pytest.raises(UserError, match="posterior=exact: this NeuralNCFG is too large for it"):
         EM(many, ExactPosterior(), toy_english(train_sentences=10), m_steps=1)
-
-
-@pytest.mark.parametrize("kind", POLICIES)
-def test_policies_over_forests_refuse_rules_that_see_the_parent(kind):
-    posterior = GFlowNetPosterior(make_policy(kind, "shape"))
-    with pytest.raises(UserError, match="a context-free grammar says, which NeuralNCFG is not"):
-        EM(neural_ncfg(), posterior, toy_english(train_sentences=10), m_steps=1)
 
 
 def test_parse_draws_labels_from_their_exact_posterior():
