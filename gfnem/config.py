@@ -22,6 +22,7 @@ from gfnem.help import config_folder, groups_in
 PARTS = (
     "data",
     "model",
+    "tree_prior",
     "policy",
     "objective",
     "refinement",

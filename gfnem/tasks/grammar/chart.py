@@ -48,6 +48,7 @@ from gfnem.tasks.grammar.model import check_latent
 from gfnem.tasks.grammar.ncfg import AnnotatedModel
 from gfnem.tasks.grammar.spans import SpanTable
 from gfnem.tasks.grammar.tree import Trees
+from gfnem.tasks.grammar.tree_prior import TreePrior
 
 # How fast old samples are forgotten in the counts of parents, and what every parent has beside.
 DECAY, PRIOR = 0.95, 0.05
@@ -105,6 +106,7 @@ class ChartCondition:
     vectors, scales: inside scores that guide the policy, [context, label], and their logarithmic
         scales.
     encode: the policy's encoder; it runs when something is first asked of it.
+    tree_prior: the model's, if it has one.
     """
 
     sentences: Sentences
@@ -112,6 +114,7 @@ class ChartCondition:
     vectors: SpanTable
     scales: SpanTable
     encode: Callable[[], SpanEncoding]
+    tree_prior: TreePrior | None
 
     @cached_property
     def encoding(self) -> SpanEncoding:
@@ -225,7 +228,9 @@ class ChartPolicy(Policy):
             with torch.set_grad_enabled(gradients):
                 return self.encoder(potentials.preterminal, x.lengths)
 
-        self.last_condition = ChartCondition(x, potentials, vectors, scales, encode)
+        self.last_condition = ChartCondition(
+            x, potentials, vectors, scales, encode, model.tree_prior
+        )
         return self.last_condition
 
     def _relaxed(self, potentials: AnnotatedPotentials) -> tuple[SpanTable, SpanTable]:
@@ -406,6 +411,8 @@ class ChartPolicy(Policy):
         backward = torch.zeros(len(forward) + 1, batch, samples, device=forward.device)
         backward = backward.to(forward.dtype)
         backward[-2] = labelled - log_joint
+        if condition.tree_prior is not None:
+            log_joint = log_joint + condition.tree_prior.log_weight(trees)
         return Paths(
             z=trees if self.latent == "labelled" else trees.shapes(),
             log_joint=log_joint,

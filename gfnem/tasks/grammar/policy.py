@@ -27,6 +27,7 @@ from gfnem.tasks.grammar.messages import inside_scores
 from gfnem.tasks.grammar.model import ParsingModel
 from gfnem.tasks.grammar.potentials import Potentials
 from gfnem.tasks.grammar.tree import Trees
+from gfnem.tasks.grammar.tree_prior import TreePrior
 
 Latent = Literal["shape", "labelled"]
 
@@ -43,11 +44,13 @@ class ForestCondition:
 
     potentials: what the grammar says of the words, without gradients.
     encode: the policy's encoder; it runs when something is first asked of it.
+    tree_prior: the model's, if it has one.
     """
 
     sentences: Sentences
     potentials: Potentials
     encode: Callable[[], SpanEncoding]
+    tree_prior: TreePrior | None
 
     @cached_property
     def encoding(self) -> SpanEncoding:
@@ -79,6 +82,7 @@ class ForestCondition:
                 },
             ),
             lambda: self.encoding.select(rows),
+            self.tree_prior,
         )
 
 
@@ -210,7 +214,7 @@ class ForestPolicy(Policy):
             with torch.set_grad_enabled(gradients):
                 return self.encoder(potentials.preterminal, x.lengths)
 
-        self.last_condition = ForestCondition(x, potentials, encode)
+        self.last_condition = ForestCondition(x, potentials, encode, model.tree_prior)
         return self.last_condition
 
     def estimators(self) -> tuple[ForestEstimator, ForestEstimator]:
@@ -348,6 +352,8 @@ class ForestPolicy(Policy):
         """All there is to say of trajectories whose log P_F is known."""
         with torch.no_grad():
             node_scores, log_joint = inside_scores(condition.potentials, trees)
+        if condition.tree_prior is not None:
+            log_joint = log_joint + condition.tree_prior.log_weight(trees)
         samples = trees.start.shape[1]
         backward = self._log_backward(condition, trees, merges)
         if score_from is not None:
