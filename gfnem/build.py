@@ -174,10 +174,12 @@ def _check(resolved: dict[str, Any], raw: dict[str, Any]) -> None:
     for whole, parts in (("model", MODEL_PARTS), ("posterior", POSTERIOR_PARTS)):
         target = resolved[whole]["_target_"]
         taken = annotations_of(get_object(target))
+        taker = target.rpartition(".")[-1]
         for part in parts:
             if resolved.get(part) is not None and part not in taken:
-                name = target.rpartition(".")[-1]
-                raise UserError(f"{part} has no effect with {name}: leave {part}=... out")
+                raise UserError(f"{part} has no effect with {taker}: leave {part}=... out")
+        if "policy" in parts and "policy" in taken and resolved.get("policy") is None:
+            raise UserError(f"{taker} needs a policy: give one, or use posterior=mcmc")
 
 
 def _check_options(options: dict[str, Any], raw: Any, path: str) -> None:

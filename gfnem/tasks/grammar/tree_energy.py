@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from gfnem.errors import UserError
+from gfnem.run import Run
 from gfnem.tasks.grammar.messages import Levels
 from gfnem.tasks.grammar.tree import Trees
 
@@ -129,3 +131,25 @@ class RecursiveNetwork(TreeEnergy):
         state = self.compose(children).tanh()
         hidden = self.hidden(torch.cat([state, children], -1)).relu()
         return state, self.out(hidden).squeeze(-1)
+
+
+def trained_network(run: str | None, width: int = 32) -> RecursiveNetwork:
+    """The network of a run of task=tree_prior that is best on its validation data.
+
+    run: its directory; None for an untrained network, which finds all trees alike.
+    width: of the network there.
+
+    Raises UserError where there is no such network.
+    """
+    network = RecursiveNetwork(width)
+    if run is None:
+        return network
+    state = Run.open(run).load_checkpoint("best")["model"]
+    own = {f"energy.{name}": value.shape for name, value in network.state_dict().items()}
+    if {name: value.shape for name, value in state.items()} != own:
+        raise UserError(
+            f"tree_prior.energy.run={run} has no network of width {width}: give a run of "
+            "task=tree_prior and its model.width as tree_prior.energy.width"
+        )
+    network.load_state_dict({name.partition(".")[2]: value for name, value in state.items()})
+    return network

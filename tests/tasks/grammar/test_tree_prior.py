@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from gfn.utils.prob_calculations import get_trajectory_pfs_and_pbs
 from torch import nn
 
 from gfnem.em import EM
@@ -331,17 +332,27 @@ def test_a_trained_gflownet_has_the_weighted_posterior(kind):
         assert float(difference.abs().sum()) / 2 < 0.05
 
 
-def test_root_flows_follow_the_prior_untrained():
-    """Where all trees are alike to the grammar, merges by what they add to the energy are right."""
-    grammar = oracle.random_grammar(1, 1, vocabulary=1)
-    x = sentences([5, 3], vocabulary=1)
-    for energy in (RightBranching(), noisy_network()):
-        model = FixedPCFG(grammar)
-        model.tree_prior = TreePrior(energy, strength=0.3)
-        policy = RootFlowPolicy(1, 1, 6, width=8)
-        posterior = GFlowNetPosterior(policy, vargrad)
-        table = posterior.tabulate(model, x)
-        assert table is not None
-        p, q = table.log_joint.softmax(-1), table.log_q.exp()
-        uniform = (p > 0) / (p > 0).sum(-1, keepdim=True)
-        assert ((p - q).abs().sum(-1) < 0.5 * (p - uniform).abs().sum(-1)).all()
+@pytest.mark.parametrize("latent", LATENTS)
+def test_root_flows_see_what_merges_add_to_the_energy(latent):
+    """The same with gradients, without them and from states alone."""
+    model = FixedPCFG(GRAMMAR, latent)
+    policy = make_policy("root_flow", latent)
+    x = sentences([5, 2, 4])
+    network, log_forward = noisy_network(), []
+    for strength in (0.0, 1.0):
+        model.tree_prior = TreePrior(network, strength=strength)
+        condition = policy.condition(model, x)
+        torch.manual_seed(0)
+        paths = policy.sample(condition, 6)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            same = policy.sample(condition, 6)
+        assert same.log_forward.allclose(paths.log_forward)
+        trajectories = policy.trajectories(condition, paths)
+        pf, pb = policy.estimators()
+        recomputed, _ = get_trajectory_pfs_and_pbs(
+            pf, pb, trajectories, recalculate_all_logprobs=True
+        )
+        assert recomputed.allclose(paths.log_forward.flatten(1))
+        log_forward.append(policy.log_forward(condition, paths.z))
+    assert not log_forward[0].allclose(log_forward[1])
