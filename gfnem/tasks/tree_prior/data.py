@@ -60,7 +60,7 @@ class ShapeData:
         self,
         trees: GrammarData,
         binarization: Binarization = "right",
-        batch_size: int = 64,
+        batch_size: int = 256,
         seed: int = 0,
     ):
         if trees.train.gold is None:

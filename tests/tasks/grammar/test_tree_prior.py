@@ -13,7 +13,8 @@ from torch import nn
 
 from gfnem.em import EM
 from gfnem.errors import UserError
-from gfnem.objectives import vargrad
+from gfnem.objectives import sleep, vargrad
+from gfnem.posteriors.exact import ExactPosterior
 from gfnem.posteriors.gflownet import GFlowNetPosterior
 from gfnem.posteriors.importance import ImportancePosterior
 from gfnem.posteriors.mcmc import MCMC
@@ -241,6 +242,25 @@ def test_m_steps_climb_the_grammars_own_log_joint():
     assert all(one.equal(other) for one, other in zip(*gradients, strict=True))
 
 
+def test_exact_posteriors_and_sleep_phases_are_refused():
+    """They are of the grammar alone."""
+    model, x = FixedPCFG(GRAMMAR), sentences([3])
+    model.tree_prior = TreePrior(Depth())
+    for act in (
+        lambda: EM(model, ExactPosterior(), Batch(x), 1),
+        lambda: ExactPosterior().sample(model, x, 1),
+    ):
+        with pytest.raises(UserError, match="^posterior=exact is of a FixedPCFG alone and knows"):
+            act()
+    policy = RootFlowPolicy(3, 3, 6, width=8)
+    for posterior in (
+        GFlowNetPosterior(policy, vargrad, sleep=0.1),
+        GFlowNetPosterior(policy, sleep),
+    ):
+        with pytest.raises(UserError, match="^a sleep phase learns from draws of the FixedPCFG al"):
+            EM(model, posterior, Batch(x), 1)
+
+
 def policies() -> list[Any]:
     forest = [
         (kind, latent, backward)
@@ -338,7 +358,7 @@ def test_root_flows_see_what_merges_add_to_the_energy(latent):
     model = FixedPCFG(GRAMMAR, latent)
     policy = make_policy("root_flow", latent)
     x = sentences([5, 2, 4])
-    network, log_forward = noisy_network(), []
+    network, log_forward, z = noisy_network(), [], None
     for strength in (0.0, 1.0):
         model.tree_prior = TreePrior(network, strength=strength)
         condition = policy.condition(model, x)
@@ -354,5 +374,7 @@ def test_root_flows_see_what_merges_add_to_the_energy(latent):
             pf, pb, trajectories, recalculate_all_logprobs=True
         )
         assert recomputed.allclose(paths.log_forward.flatten(1))
-        log_forward.append(policy.log_forward(condition, paths.z))
+        z = z or paths.z
+        torch.manual_seed(0)
+        log_forward.append(policy.log_forward(condition, z))
     assert not log_forward[0].allclose(log_forward[1])
