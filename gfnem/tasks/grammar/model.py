@@ -240,7 +240,8 @@ class NeuralPCFG(ParsingModel):
             nn.Linear(width, width), Residual(width), Residual(width), nn.Linear(width, vocabulary)
         )
         for parameter in self.parameters():
-            if parameter.dim() > 1:
+            # A tree prior's parameters, which are not learned here, stay as they are.
+            if parameter.requires_grad and parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
 
     def grammar(self) -> Grammar:

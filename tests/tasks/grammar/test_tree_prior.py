@@ -20,9 +20,9 @@ from gfnem.posteriors.importance import ImportancePosterior
 from gfnem.posteriors.mcmc import MCMC
 from gfnem.tasks.grammar.annotated import DenseGrammar
 from gfnem.tasks.grammar.chart import ChartPolicy
-from gfnem.tasks.grammar.model import GrammarModel
+from gfnem.tasks.grammar.model import GrammarModel, NeuralPCFG
 from gfnem.tasks.grammar.moves import Rotations
-from gfnem.tasks.grammar.ncfg import AnnotatedModel
+from gfnem.tasks.grammar.ncfg import AnnotatedModel, NeuralNCFG
 from gfnem.tasks.grammar.potentials import Grammar
 from gfnem.tasks.grammar.root_flow import RootFlowPolicy
 from gfnem.tasks.grammar.tree import Trees
@@ -259,6 +259,22 @@ def test_exact_posteriors_and_sleep_phases_are_refused():
     ):
         with pytest.raises(UserError, match="^a sleep phase learns from draws of the FixedPCFG al"):
             EM(model, posterior, Batch(x), 1)
+
+
+@pytest.mark.parametrize("kind", [NeuralPCFG, NeuralNCFG])
+def test_nothing_of_a_prior_is_learned_or_begun_anew(kind):
+    network = noisy_network()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    x = sentences([4, 3])
+    sizes = {"nonterminals": 2, "preterminals": 3, "width": 4, "max_length": 6}
+    model = kind(vocabulary=8, tree_prior=TreePrior(network), **sizes)
+    assert model.tree_prior.energy is network
+    own = [p.clone() for p in model.parameters() if p.requires_grad]
+    EM(model, MCMC(Rotations(), burn_in=2), Batch(x), 3).fit()
+    assert all(value.equal(before[name]) for name, value in network.state_dict().items())
+    learned = [p for p in model.parameters() if p.requires_grad]
+    assert not any(one.equal(other) for one, other in zip(own, learned, strict=True))
+    assert model.metrics() == {"prior/temperature": 1.0}
 
 
 def policies() -> list[Any]:
