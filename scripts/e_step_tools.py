@@ -167,8 +167,11 @@ def table(jobs: Sequence[ToolJob], columns: Mapping[str, str]) -> str:
         assert run is not None
         rows.setdefault(job.tool, []).append(numbers_of(run, columns))
     cells = [column(name, list(rows.values())) for name in columns]
-    lines = [[tool, *(texts[i] for texts in cells)] for i, tool in enumerate(rows)]
-    return markdown(["tool", *columns], lines, texts=1)
+    lines = [
+        [tool, str(len(seeds)), *(texts[i] for texts in cells)]
+        for i, (tool, seeds) in enumerate(rows.items())
+    ]
+    return markdown(["tool", "seeds", *columns], lines, texts=1)
 
 
 def numbers_of(run: FinishedRun, columns: Mapping[str, str]) -> Mapping[str, float]:

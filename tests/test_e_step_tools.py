@@ -49,7 +49,7 @@ def test_tables(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     head, _, first, *others = script.table(jobs, script.FIXED).splitlines()
     assert len(others) + 1 == len(script.TOOLS)
     cells = dict(zip(head.split(" | "), first.split(" | "), strict=True))
-    assert cells["| tool"] == "| none"
+    assert (cells["| tool"], cells["seeds"]) == ("| none", "2")
     assert cells["gap, 100 E-steps"] == "3"
     assert cells["gap, 400 E-steps"] == "2.50 ± 0.71"
     assert cells["best gap, training"] == "0.1000"

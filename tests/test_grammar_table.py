@@ -42,7 +42,8 @@ def test_runs_end_in_a_table(
     assert script.main(given) == 0
     # That of exact training is complete.
     assert "2 runs, 1 of them to be done" in capsys.readouterr().out
-    head, _, *lines = [line.split(" | ") for line in out.read_text().splitlines()]
+    given_data, _, head, _, *lines = [line.split(" | ") for line in out.read_text().splitlines()]
+    assert given_data == ["data=toy_english data.max_length=8"]
     assert [line[:3] for line in lines] == [
         ["| grammar_cfg", "marginal", "1"],
         ["| grammar_cfg", "gflownet", "1"],

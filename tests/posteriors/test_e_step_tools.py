@@ -38,7 +38,7 @@ from tests.tasks.grammar.tiny import (
 )
 from tests.tasks.mixture import tiny as mixtures
 
-SEARCH = BackAndForth(steps=2, depth=3)
+SEARCH = BackAndForth(steps=1, depth=3)
 
 
 # What they lead to.

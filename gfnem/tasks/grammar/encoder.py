@@ -66,7 +66,9 @@ class SpanEncoder(nn.Module):
     symbol_dropout: with this probability a symbol is hidden from a sentence, in training: a
         preterminal from all its words, and a score from all its spans, which is 0
         there, as if there were nothing to correct. What other parts of a policy take of the
-        grammar is as it was. In a policy's condition it is the same for all trajectories.
+        grammar is as it was. What is hidden is the same for all trajectories of an E-step, and, as
+        with dropout, for the draws among them that the M-step learns from. With nothing hidden the
+        policy is what was learned with something hidden, so it is a little off the posterior.
     """
 
     def __init__(
