@@ -220,6 +220,7 @@ def done(pool: Executor, what: str, jobs: Sequence[Trained | Rated]) -> bool:
         print(f"{number} of {len(missing)}", flush=True)
         if problem is not None:
             print(f"{problem}; start again to go on", file=sys.stderr)
+            pool.shutdown(cancel_futures=True)
             return False
     return True
 
