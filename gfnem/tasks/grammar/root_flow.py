@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from gfnem.tasks.grammar.encoder import zero_linear
 from gfnem.tasks.grammar.env import Forest
 from gfnem.tasks.grammar.policy import (
     LOG_ZERO,
@@ -39,7 +38,12 @@ class RootFlowPolicy(ForestPolicy):
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
-        self.above = zero_linear(self.encoder.hidden.out_features, self.nonterminals)
+        # Nothing is drawn for it: where rules see no parent, random numbers stay as they are.
+        self.above = nn.utils.skip_init(
+            nn.Linear, self.encoder.hidden.out_features, self.nonterminals
+        )
+        nn.init.zeros_(self.above.weight)
+        nn.init.zeros_(self.above.bias)
 
     def scores(self, condition: ForestCondition, forest: Forest) -> ScoresAtOnce:
         return _RootFlowScores(self, condition, forest)
