@@ -93,7 +93,7 @@ def test_trained_posterior_of_a_chart_is_that_of_enumeration():
 
     assert distance() > 0.1
     # On its own draws alone it loses trees, and is at 0.3 then.
-    train(model, posterior, x)
+    train(model, posterior, x, steps=300)
     assert distance() < 0.05
 
 
