@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -18,10 +19,99 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gfnem.categorical import sample_categorical
+from gfnem.tasks.grammar.potentials import Potentials
+
+
+class ContextPotentials(ABC):
+    """What a grammar whose rules have a context says of the words of a batch of sentences.
+
+    Probabilities; contexts are nonterminals, then S. How rules are stored is left to subclasses.
+
+    root: p(S -> A).
+    preterminal: p(T -> w_i | T, A), mean over A, divided by its sum over T: what encoders see.
+    log_scale: every p(T -> w_i | T, A) is divided by exp(log_scale[i]), their maximum.
+    lengths: words of each sentence; entries behind the sentence are meaningless.
+    """
+
+    root: Float[Tensor, "nonterminals"]
+    preterminal: Float[Tensor, "batch length preterminals"]
+    log_scale: Float[Tensor, "batch length"]
+    lengths: Int[Tensor, "batch"]
+
+    @property
+    @abstractmethod
+    def contexts(self) -> int:
+        """Number of contexts."""
+
+    @property
+    def total_log_scale(self) -> Float[Tensor, "batch"]:
+        """The sum of log_scale over each sentence's words."""
+        position = torch.arange(self.log_scale.shape[1], device=self.lengths.device)
+        return (self.log_scale * (position < self.lengths[:, None])).sum(-1)
+
+    @abstractmethod
+    def detach(self) -> ContextPotentials:
+        """The same without gradients."""
+
+    @abstractmethod
+    def inner_rules(
+        self, label: Int[Tensor, "spans"], context: Int[Tensor, "spans"]
+    ) -> Float[Tensor, "spans nonterminals nonterminals"]:
+        """p(A -> B C | A, P) of given A and P, both children nonterminals."""
+
+    @abstractmethod
+    def word_left_rules(
+        self,
+        sentence: Int[Tensor, "spans"],
+        position: Int[Tensor, "spans"],
+        label: Int[Tensor, "spans"],
+        context: Int[Tensor, "spans"],
+    ) -> Float[Tensor, "spans nonterminals"]:
+        """Sum over T of p(A -> T C | A, P) p(T -> w | T, A), the word on the left; by C."""
+
+    @abstractmethod
+    def word_right_rules(
+        self,
+        sentence: Int[Tensor, "spans"],
+        position: Int[Tensor, "spans"],
+        label: Int[Tensor, "spans"],
+        context: Int[Tensor, "spans"],
+    ) -> Float[Tensor, "spans nonterminals"]:
+        """Sum over T of p(A -> B T | A, P) p(T -> w | T, A), the word on the right; by B."""
+
+    @abstractmethod
+    def word_pairs(self) -> Float[Tensor, "batch gaps nonterminals contexts"]:
+        """Sum over T and U of p(A -> T U | A, P) p(T -> w_i | T, A) p(U -> w_i+1 | U, A)."""
+
+    @abstractmethod
+    def rule_probabilities(
+        self,
+        sentence: Int[Tensor, "spans"],
+        start: Int[Tensor, "spans"],
+        end: Int[Tensor, "spans"],
+        label: Int[Tensor, "spans"],
+        context: Int[Tensor, "spans"],
+        left: Int[Tensor, "spans"],
+        right: Int[Tensor, "spans"],
+    ) -> Float[Tensor, "spans"]:
+        """Of one rule for each span; a child's label is -1 for the span's first or last word."""
+
+    @abstractmethod
+    def averaged(self, weight: Float[Tensor, "nonterminals contexts"]) -> AveragedRules:
+        """Context-free rules: sums over contexts P, with weights that depend on A and P."""
+
+
+class AveragedRules(NamedTuple):
+    """Rules without a context, as in `Potentials`."""
+
+    rules: Float[Tensor, "nonterminals nonterminals nonterminals"]
+    left: Float[Tensor, "batch length nonterminals nonterminals"]
+    right: Float[Tensor, "batch length nonterminals nonterminals"]
+    both: Float[Tensor, "batch gaps nonterminals"]
 
 
 @dataclass(frozen=True)
-class AnnotatedPotentials:
+class AnnotatedPotentials(ContextPotentials):
     """What an annotated grammar says of the words of a batch of sentences, as probabilities.
 
     Contexts are nonterminals, then S. Labels come first, as each has rules of its own.
@@ -47,16 +137,74 @@ class AnnotatedPotentials:
     log_scale: Float[Tensor, "batch length"]
     lengths: Int[Tensor, "batch"]
 
+    @staticmethod
+    def of_context_free(potentials: Potentials) -> AnnotatedPotentials:
+        """Rules that see no parent as rules that have one context; views."""
+        return AnnotatedPotentials(
+            root=potentials.root,
+            rules=potentials.rules[:, None],
+            left=potentials.left[..., None, :],
+            right=potentials.right[..., None, :],
+            both=potentials.both[..., None],
+            preterminal=potentials.preterminal,
+            log_scale=potentials.log_scale,
+            lengths=potentials.lengths,
+        )
+
     @property
-    def total_log_scale(self) -> Float[Tensor, "batch"]:
-        """The sum of log_scale over each sentence's words."""
-        position = torch.arange(self.log_scale.shape[1], device=self.lengths.device)
-        return (self.log_scale * (position < self.lengths[:, None])).sum(-1)
+    def contexts(self) -> int:
+        return self.rules.shape[1]
 
     def detach(self) -> AnnotatedPotentials:
-        """The same without gradients."""
         tables = ("root", "rules", "left", "right", "both", "preterminal")
         return replace(self, **{name: getattr(self, name).detach() for name in tables})
+
+    def inner_rules(self, label: Tensor, context: Tensor) -> Tensor:
+        return self.rules[label, context]
+
+    def word_left_rules(
+        self, sentence: Tensor, position: Tensor, label: Tensor, context: Tensor
+    ) -> Tensor:
+        return self.left[sentence, position, label, context]
+
+    def word_right_rules(
+        self, sentence: Tensor, position: Tensor, label: Tensor, context: Tensor
+    ) -> Tensor:
+        return self.right[sentence, position, label, context]
+
+    def word_pairs(self) -> Tensor:
+        return self.both
+
+    def rule_probabilities(
+        self,
+        sentence: Tensor,
+        start: Tensor,
+        end: Tensor,
+        label: Tensor,
+        context: Tensor,
+        left: Tensor,
+        right: Tensor,
+    ) -> Tensor:
+        word_left, word_right = left < 0, right < 0
+        kinds = (
+            (word_left & word_right, self.both, (sentence, start, label, context)),
+            (word_left & ~word_right, self.left, (sentence, start, label, context, right)),
+            (~word_left & word_right, self.right, (sentence, end - 1, label, context, left)),
+            (~word_left & ~word_right, self.rules, (label, context, left, right)),
+        )
+        probability = self.rules.new_zeros(label.shape)
+        for chosen, table, at in kinds:
+            values = table[tuple(index[chosen] for index in at)]
+            probability = probability.masked_scatter(chosen, values)
+        return probability
+
+    def averaged(self, weight: Tensor) -> AveragedRules:
+        return AveragedRules(
+            rules=torch.einsum("apbc,ap->abc", self.rules, weight),
+            left=torch.einsum("niapc,ap->niac", self.left, weight),
+            right=torch.einsum("niapb,ap->niab", self.right, weight),
+            both=torch.einsum("niap,ap->nia", self.both, weight),
+        )
 
 
 class AnnotatedGrammar(ABC):
@@ -89,7 +237,7 @@ class AnnotatedGrammar(ABC):
     @abstractmethod
     def potentials(
         self, words: Int[Tensor, "batch length"], lengths: Int[Tensor, "batch"]
-    ) -> AnnotatedPotentials:
+    ) -> ContextPotentials:
         """With the words summed in, differentiable; words of probability zero are allowed."""
 
     def _emissions(
@@ -104,9 +252,10 @@ class AnnotatedGrammar(ABC):
         return (log_emission - log_scale[..., None]).exp(), log_scale
 
 
-def _preterminal(
+def mean_preterminal(
     emission: Float[Tensor, "nonterminals batch length preterminals"],
 ) -> Float[Tensor, "batch length preterminals"]:
+    """`ContextPotentials.preterminal`."""
     mean = emission.mean(0)
     return mean / (mean.sum(-1, keepdim=True) + torch.finfo(mean.dtype).tiny)
 
@@ -197,54 +346,7 @@ class DenseGrammar(AnnotatedGrammar):
             left=left,
             right=right,
             both=both,
-            preterminal=_preterminal(emission),
-            log_scale=log_scale,
-            lengths=lengths,
-        )
-
-
-@dataclass(frozen=True)
-class LowRankGrammar(AnnotatedGrammar):
-    """p(B C | A, P) = sum over r of p(r | A, P) p(B | r) p(C | r): few numbers for many symbols.
-
-    mixture: log p(r | A, P), indexed [P, A, r].
-    left, right: log p(B | r) and log p(C | r).
-    """
-
-    root: Float[Tensor, "nonterminals"]
-    mixture: Float[Tensor, "contexts nonterminals rank"]
-    left: Float[Tensor, "rank symbols"]
-    right: Float[Tensor, "rank symbols"]
-    emission: Float[Tensor, "nonterminals preterminals vocabulary"]
-
-    def draw_children(
-        self, label: Tensor, context: Tensor, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor]:
-        rank = sample_categorical(self.mixture[context, label].exp(), generator)
-        return (
-            sample_categorical(self.left[rank].exp(), generator),
-            sample_categorical(self.right[rank].exp(), generator),
-        )
-
-    def potentials(
-        self, words: Int[Tensor, "batch length"], lengths: Int[Tensor, "batch"]
-    ) -> AnnotatedPotentials:
-        nt = self.nonterminals
-        emission, log_scale = self._emissions(words)
-        mixture = self.mixture.transpose(0, 1).exp()
-        left, right = self.left.exp(), self.right.exp()
-        word_left = torch.einsum("anit,rt->anir", emission, left[:, nt:])
-        word_right = torch.einsum("anit,rt->anir", emission, right[:, nt:])
-        given_left = torch.einsum("apr,rb->abpr", mixture, left[:, :nt])
-        given_right = torch.einsum("apr,rc->apcr", mixture, right[:, :nt])
-        both = word_left[:, :, :-1] * word_right[:, :, 1:]
-        return AnnotatedPotentials(
-            root=self.root.exp(),
-            rules=torch.einsum("abpr,rc->apbc", given_left, right[:, :nt]),
-            left=torch.einsum("anir,apcr->niapc", word_left, given_right),
-            right=torch.einsum("anir,abpr->niapb", word_right, given_left),
-            both=torch.einsum("anir,apr->niap", both, mixture),
-            preterminal=_preterminal(emission),
+            preterminal=mean_preterminal(emission),
             log_scale=log_scale,
             lengths=lengths,
         )

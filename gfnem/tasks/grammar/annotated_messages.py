@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gfnem.categorical import sample_categorical
-from gfnem.tasks.grammar.annotated import AnnotatedPotentials
+from gfnem.tasks.grammar.annotated import AnnotatedPotentials, ContextPotentials
 from gfnem.tasks.grammar.messages import (
     INNER,
     LEAVES,
@@ -29,7 +29,7 @@ from gfnem.tasks.grammar.tree import Trees
 
 
 def log_joint_labelled(
-    potentials: AnnotatedPotentials, trees: Trees
+    potentials: ContextPotentials, trees: Trees
 ) -> Float[Tensor, "batch samples"]:
     """log p(x, labelled tree), preterminals summed over each word, by gathers.
 
