@@ -136,20 +136,22 @@ def _upward(
     vectors = mixture.new_empty(nonterminals, 2 * words + total, rank)
     vectors[:, :words] = word_left.flatten(0, 1).transpose(0, 1)
     vectors[:, words : 2 * words] = word_right.flatten(0, 1).transpose(0, 1)
-    factor = mixture.new_empty(total)
+    below, factor = message[:nonterminals], mixture.new_empty(total)
     # A word's place is -1, the last: its scale is 0.
     log_scale = mixture.new_zeros(total + 1)
     for first, behind in levels.heights:
         this = slice(first, behind)
-        products[:, this] = vectors[:, nodes.left[this]] * vectors[:, nodes.right[this]]
+        on_left = vectors.index_select(1, nodes.left[this])
+        on_right = vectors.index_select(1, nodes.right[this])
+        torch.mul(on_left, on_right, out=products[:, this])
         raw = torch.bmm(products[:, this], mixture.mT)
         largest = raw.amax((0, 2))
         factor[this] = positive(largest)
         message[:, this] = (raw / factor[this, None]).permute(2, 1, 0)
-        below = log_scale[levels.left[this]] + log_scale[levels.right[this]]
-        log_scale[this] = below + largest.log()
+        scales = log_scale[levels.left[this]] + log_scale[levels.right[this]]
+        log_scale[this] = scales + largest.log()
         for side, table in zip(nodes.sides(first, behind), (left, right), strict=True):
-            vectors[:, 2 * words + side] = message[:nonterminals, side] @ table.t()
+            vectors[:, 2 * words + side] = below.index_select(1, side) @ table.t()
     return _Messages(message, vectors, products, factor, log_scale[:-1])
 
 
@@ -185,16 +187,18 @@ class _LogJointShape(torch.autograd.Function):
         for first, behind in reversed(levels.heights):
             this = slice(first, behind)
             for side, table in zip(nodes.sides(first, behind), (left, right), strict=True):
-                outside[:nonterminals, side] = of_vectors[:, 2 * words + side] @ table
+                received = of_vectors.index_select(1, 2 * words + side)
+                outside[:nonterminals, side] = received @ table
             outside[:, this] /= up.factor[this, None]
             of_products = torch.bmm(outside[:, this].permute(2, 1, 0), mixture)
             on_left, on_right = nodes.left[this], nodes.right[this]
-            of_vectors.index_add_(1, on_left, of_products * up.vectors[:, on_right])
-            of_vectors.index_add_(1, on_right, of_products * up.vectors[:, on_left])
+            for one, other in ((on_left, on_right), (on_right, on_left)):
+                passed_on = up.vectors.index_select(1, other).mul_(of_products)
+                of_vectors.index_add_(1, one, passed_on)
 
         def of_children(side: Int[Tensor, "nodes"]) -> Float[Tensor, "rank nonterminals"]:
-            received = of_vectors[:, 2 * words + side].flatten(0, 1)
-            return received.t() @ up.message[:nonterminals, side].flatten(0, 1)
+            received = of_vectors.index_select(1, 2 * words + side).flatten(0, 1)
+            return received.t() @ up.message[:nonterminals].index_select(1, side).flatten(0, 1)
 
         def of_words(received: Tensor) -> Float[Tensor, "batch length nonterminals rank"]:
             return received.unflatten(1, ctx.size).permute(1, 2, 0, 3)
