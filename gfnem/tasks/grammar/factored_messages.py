@@ -50,7 +50,7 @@ def sample_labels(
     for first, behind in reversed(levels.heights):
         this = slice(first, behind)
         above = label[this]
-        products = up.products[above, torch.arange(first, behind, device=above.device)]
+        products = up.vectors[above, nodes.left[this]] * up.vectors[above, nodes.right[this]]
         rank = sample_categorical(p.mixture[above, context[this]] * products, generator)
         for child, table in ((levels.left[this], p.left), (levels.right[this], p.right)):
             node = (child >= 0).nonzero().squeeze(1)
@@ -108,14 +108,12 @@ class _Messages:
 
     message: scaled to maximum 1, [context, label, ...].
     vectors: what words and nodes are to their parents, in the order of `_Nodes`, scaled alike.
-    products: of each node's children's vectors.
     factor: the maxima that the raw messages were divided by.
     log_scale: a message's total logarithmic scale.
     """
 
     message: Float[Tensor, "contexts total nonterminals"]
     vectors: Float[Tensor, "nonterminals children rank"]
-    products: Float[Tensor, "nonterminals total rank"]
     factor: Float[Tensor, "total"]
     log_scale: Float[Tensor, "total"]
 
@@ -132,7 +130,6 @@ def _upward(
     total = len(levels.row)
     nonterminals, contexts, rank = mixture.shape
     message = mixture.new_empty(contexts, total, nonterminals)
-    products = mixture.new_empty(nonterminals, total, rank)
     vectors = mixture.new_empty(nonterminals, 2 * words + total, rank)
     vectors[:, :words] = word_left.flatten(0, 1).transpose(0, 1)
     vectors[:, words : 2 * words] = word_right.flatten(0, 1).transpose(0, 1)
@@ -141,10 +138,9 @@ def _upward(
     log_scale = mixture.new_zeros(total + 1)
     for first, behind in levels.heights:
         this = slice(first, behind)
-        on_left = vectors.index_select(1, nodes.left[this])
-        on_right = vectors.index_select(1, nodes.right[this])
-        torch.mul(on_left, on_right, out=products[:, this])
-        raw = torch.bmm(products[:, this], mixture.mT)
+        products = vectors.index_select(1, nodes.left[this])
+        products *= vectors.index_select(1, nodes.right[this])
+        raw = torch.bmm(products, mixture.mT)
         largest = raw.amax((0, 2))
         factor[this] = positive(largest)
         message[:, this] = (raw / factor[this, None]).permute(2, 1, 0)
@@ -152,14 +148,13 @@ def _upward(
         log_scale[this] = scales + largest.log()
         for side, table in zip(nodes.sides(first, behind), (left, right), strict=True):
             vectors[:, 2 * words + side] = below.index_select(1, side) @ table.t()
-    return _Messages(message, vectors, products, factor, log_scale[:-1])
+    return _Messages(message, vectors, factor, log_scale[:-1])
 
 
 class _LogJointShape(torch.autograd.Function):
     """log p(x, shape) up to the words' scales, with an outside pass as its backward pass.
 
-    Outside scores are the gradients with respect to scaled messages and vectors. The gradients of
-    the rules, their expected counts, are matrix products over all nodes at once.
+    Outside scores are the gradients with respect to scaled messages and vectors.
     """
 
     @staticmethod
@@ -183,18 +178,19 @@ class _LogJointShape(torch.autograd.Function):
         seed = torch.where(probability > 0, grad, 0.0) / positive(probability)
         outside = torch.zeros_like(up.message)
         outside[-1, levels.root] = seed[:, None] * root
-        of_vectors = torch.zeros_like(up.vectors)
+        of_vectors, grad_mixture = torch.zeros_like(up.vectors), torch.zeros_like(mixture)
         for first, behind in reversed(levels.heights):
             this = slice(first, behind)
             for side, table in zip(nodes.sides(first, behind), (left, right), strict=True):
                 received = of_vectors.index_select(1, 2 * words + side)
                 outside[:nonterminals, side] = received @ table
-            outside[:, this] /= up.factor[this, None]
-            of_products = torch.bmm(outside[:, this].permute(2, 1, 0), mixture)
-            on_left, on_right = nodes.left[this], nodes.right[this]
-            for one, other in ((on_left, on_right), (on_right, on_left)):
-                passed_on = up.vectors.index_select(1, other).mul_(of_products)
-                of_vectors.index_add_(1, one, passed_on)
+            by_label = (outside[:, this] / up.factor[this, None]).permute(2, 1, 0)
+            of_products = torch.bmm(by_label, mixture)
+            left_at, right_at = nodes.left[this], nodes.right[this]
+            on_left, on_right = (up.vectors.index_select(1, at) for at in (left_at, right_at))
+            grad_mixture.baddbmm_(by_label.mT, on_left * on_right)
+            of_vectors.index_add_(1, left_at, on_right.mul_(of_products))
+            of_vectors.index_add_(1, right_at, on_left.mul_(of_products))
 
         def of_children(side: Int[Tensor, "nodes"]) -> Float[Tensor, "rank nonterminals"]:
             received = of_vectors.index_select(1, 2 * words + side).flatten(0, 1)
@@ -206,7 +202,7 @@ class _LogJointShape(torch.autograd.Function):
         lefts, rights = nodes.sides(0, len(levels.row))
         return (
             seed @ top,
-            torch.bmm(outside.permute(2, 0, 1), up.products),
+            grad_mixture,
             of_children(lefts),
             of_children(rights),
             of_words(of_vectors[:, :words]),

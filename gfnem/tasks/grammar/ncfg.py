@@ -160,7 +160,10 @@ class NeuralNCFG(AnnotatedModel):
         outputs = symbols * symbols if rank is None else rank
         self.binary_rules = nn.Sequential(Residual(width), nn.Linear(width, outputs))
         self.child_rules = nn.ModuleList(
-            nn.Linear(width, rank) for _ in ("left", "right") if rank is not None
+            # A bias would be the same for all symbols.
+            nn.Linear(width, rank, bias=False)
+            for _ in ("left", "right")
+            if rank is not None
         )
         self.emission_rules = nn.Sequential(
             nn.Linear(width, width), Residual(width), Residual(width), nn.Linear(width, vocabulary)
