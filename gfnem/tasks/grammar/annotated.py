@@ -22,6 +22,15 @@ from gfnem.categorical import sample_categorical
 from gfnem.tasks.grammar.potentials import Potentials
 
 
+class AveragedRules(NamedTuple):
+    """Rules without a context, as in `Potentials`."""
+
+    rules: Float[Tensor, "nonterminals nonterminals nonterminals"]
+    left: Float[Tensor, "batch length nonterminals nonterminals"]
+    right: Float[Tensor, "batch length nonterminals nonterminals"]
+    both: Float[Tensor, "batch gaps nonterminals"]
+
+
 class ContextPotentials(ABC):
     """What a grammar whose rules have a context says of the words of a batch of sentences.
 
@@ -99,15 +108,6 @@ class ContextPotentials(ABC):
     @abstractmethod
     def averaged(self, weight: Float[Tensor, "nonterminals contexts"]) -> AveragedRules:
         """Context-free rules: sums over contexts P, with weights that depend on A and P."""
-
-
-class AveragedRules(NamedTuple):
-    """Rules without a context, as in `Potentials`."""
-
-    rules: Float[Tensor, "nonterminals nonterminals nonterminals"]
-    left: Float[Tensor, "batch length nonterminals nonterminals"]
-    right: Float[Tensor, "batch length nonterminals nonterminals"]
-    both: Float[Tensor, "batch gaps nonterminals"]
 
 
 @dataclass(frozen=True)
