@@ -20,7 +20,7 @@ from gfnem.run import Run
 from gfnem.signatures import annotations_of, described, fits
 
 # The parts that a posterior may take beside its own options.
-POSTERIOR_PARTS = ("policy", "objective", "refinement")
+POSTERIOR_PARTS = ("policy", "objective", "local_search", "refinement")
 
 
 @dataclass(frozen=True)

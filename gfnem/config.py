@@ -24,6 +24,7 @@ PARTS = (
     "model",
     "policy",
     "objective",
+    "local_search",
     "refinement",
     "posterior",
     "warm_start",

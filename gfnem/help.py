@@ -79,7 +79,7 @@ def text() -> str:
     lines = []
     for group, options in groups_in(config_folder()).items():
         for number, (option, comment) in enumerate(options.items()):
-            start = f"  {group if number == 0 else '':<12}{option:<18}"
+            start = f"  {group if number == 0 else '':<14}{option:<18}"
             lines += textwrap.wrap(
                 start + comment, width=100, subsequent_indent=" " * len(start), tabsize=1
             )

@@ -11,7 +11,7 @@ draws from the model and asks for no trajectories of x at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,37 @@ class ScoredTrajectories(Trajectories):
         if not forward_looking:
             partial = torch.where(self.actions.is_exit, partial, 0.0)
         return learned + partial
+
+    @staticmethod
+    def join(parts: Sequence[ScoredTrajectories]) -> ScoredTrajectories:
+        """All trajectories of several groups, of the same data points and equally many steps."""
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+
+        def beside(tensors: Iterable[Tensor | None]) -> Tensor:
+            found = [tensor for tensor in tensors if tensor is not None]
+            assert len(found) == len(parts)
+            return torch.cat(found, 1)
+
+        def flows() -> tuple[Tensor, Tensor]:
+            learned, partial = zip(*(part.flows() for part in parts), strict=True)
+            return beside(learned), beside(partial)
+
+        env: Any = first.env
+        return ScoredTrajectories(
+            env=env,
+            states=env.States(
+                beside(part.states.tensor for part in parts),
+                conditions=beside(part.states.conditions for part in parts),
+            ),
+            actions=env.actions_from_tensor(beside(part.actions.tensor for part in parts)),
+            terminating_idx=torch.cat([part.terminating_idx for part in parts]),
+            log_rewards=torch.cat([_given(part.log_rewards) for part in parts]),
+            log_probs=beside(part.log_probs for part in parts),
+            log_pb=beside(part.log_pb for part in parts),
+            flows=flows,
+        )
 
     def data_points(self) -> tuple[Int[Tensor, "batch"], Float[Tensor, "points"]]:
         """The data point of each trajectory, and how many trajectories each data point has."""
@@ -398,6 +429,11 @@ def _flows_travel_with_trajectories() -> ScalarEstimator:
     module: Any = nn.Identity()
     module.input_dim = 1
     return ScalarEstimator(module)
+
+
+def _given(values: Tensor | None) -> Tensor:
+    assert values is not None
+    return values
 
 
 def _total(

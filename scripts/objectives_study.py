@@ -19,29 +19,18 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stdout
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+from jobs import Job, complete, markdown
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gfnem.build import build
-from gfnem.config import combinations, compose
-from gfnem.em import Evaluator, Metrics
-from gfnem.errors import UserError
-from gfnem.model import LatentVariableModel
-from gfnem.posterior import Posterior
-from gfnem.run import Run
+from gfnem.config import combinations
 from gfnem.run.compare import Target
-from gfnem.run.finished import FinishedRun
 
 MODELS = {"mixture": "objectives", "grammar": "objectives_grammar"}
 ON_POLICY = "on-policy"
@@ -69,52 +58,12 @@ COLORS = {ON_POLICY: "#1f6fb4", "temperature 2": "#d1601f", "epsilon 0.1": "#3a8
 
 
 @dataclass(frozen=True)
-class Job:
+class StudyJob(Job):
     """A run of the study."""
 
     model: str
     objective: str
     behaviour: str
-    overrides: tuple[str, ...]
-    directory: Path
-
-    def finished(self) -> FinishedRun | None:
-        """What it left; None where it is not complete."""
-        try:
-            return FinishedRun.read(self.directory)
-        except UserError:
-            return None
-
-    def train(self) -> str | None:
-        """Returns why it is not complete; None where it is."""
-        shutil.rmtree(self.directory, ignore_errors=True)
-        try:
-            built = build(compose(self.overrides))
-            # A report's figures, one set for each run, would take longer than all else.
-            built.em.evaluator = Unreported(built.em.evaluator)
-            built.em.run = Run.create(self.directory, built.config)
-        except UserError as error:
-            return str(error)
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-            built.em.fit()
-        return "interrupted" if built.em.stopped else None
-
-
-class Unreported:
-    """An evaluator that draws no figures."""
-
-    def __init__(self, evaluator: Evaluator | None):
-        assert evaluator is not None
-        self.evaluator = evaluator
-        self.selection = evaluator.selection
-
-    def __call__(
-        self, model: LatentVariableModel, posterior: Posterior, split: str, final: bool = False
-    ) -> Metrics:
-        return self.evaluator(model, posterior, split, final)
-
-    def report(self, model: LatentVariableModel, posterior: Posterior, run: Run) -> None:
-        """Nothing."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -127,16 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_args(arguments)
     jobs = list(all_jobs(given.runs, given.overrides))
-    missing = [job for job in jobs if job.finished() is None]
-    print(f"{len(jobs)} runs in {given.runs}, {len(missing)} of them to be done", flush=True)
-    with ProcessPoolExecutor(given.processes, get_context("spawn")) as pool:
-        for number, problem in enumerate(pool.map(Job.train, missing), 1):
-            print(
-                f"{number} of {len(missing)}: {' '.join(missing[number - 1].overrides)}", flush=True
-            )
-            if problem is not None:
-                print(f"{problem}; start again to go on", file=sys.stderr)
-                return 1
+    if not complete(jobs, given.processes):
+        return 1
     results = results_of(jobs)
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "objectives.md").write_text(table(results))
@@ -145,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def all_jobs(runs: Path, overrides: Sequence[str]) -> Iterator[Job]:
+def all_jobs(runs: Path, overrides: Sequence[str]) -> Iterator[StudyJob]:
     for model, experiment in MODELS.items():
         for behaviour in (ON_POLICY, *OFF_POLICY):
             base = [f"experiment={experiment}"]
@@ -155,20 +96,14 @@ def all_jobs(runs: Path, overrides: Sequence[str]) -> Iterator[Job]:
                 chosen = dict(choice.split("=", 1) for choice in choices)
                 name = f"{chosen['objective']} {behaviour} {chosen['seed']}".replace(" ", "_")
                 directory = runs / model / name
-                yield Job(
-                    model,
-                    chosen["objective"],
-                    behaviour,
-                    (*choices, f"run_dir={directory}"),
-                    directory,
-                )
+                yield StudyJob(tuple(choices), directory, model, chosen["objective"], behaviour)
 
 
 Results = Mapping[tuple[str, str, str], Mapping[str, Sequence[float]]]
 """Model, objective and behaviour -> name of a number -> its value with each seed."""
 
 
-def results_of(jobs: Sequence[Job]) -> Results:
+def results_of(jobs: Sequence[StudyJob]) -> Results:
     results: dict[tuple[str, str, str], dict[str, list[float]]] = {}
     for job in jobs:
         run = job.finished()
@@ -186,11 +121,11 @@ def results_of(jobs: Sequence[Job]) -> Results:
 def table(results: Results) -> str:
     names = list(next(iter(results.values())))
     head = ["model", "objective", "trajectories", *names]
-    lines = [head, ["---"] * 3 + ["---:"] * len(names)]
-    for setting, numbers in results.items():
-        cells = [text(name, np.array(values)) for name, values in numbers.items()]
-        lines.append([*setting, *cells])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    rows = [
+        [*setting, *(text(name, np.array(values)) for name, values in numbers.items())]
+        for setting, numbers in results.items()
+    ]
+    return markdown(head, rows, texts=3)
 
 
 def text(name: str, values: np.ndarray) -> str:

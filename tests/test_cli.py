@@ -406,6 +406,17 @@ class TestRulesThatSeeTheParent:
         line = failing(["parse", "run=ncfg", "file=sentences.txt", "decode=viterbi"], capsys)
         assert "decode=viterbi needs a context-free grammar" in line
 
+    @pytest.mark.parametrize("policy", ["root_flow", "light", "transformer"])
+    def test_trains_with_a_policy_over_forests(
+        self, policy: str, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(GrammarEvaluator, "report", lambda *arguments: None)
+        options = ["model=ncfg", f"policy={policy}", "latent=labelled", "run_dir=forest"]
+        more = ["refinement=back_and_forth", "objective=subtb", "posterior.sleep=1.0"]
+        assert main([*tiny, *options, *more]) == 0
+        summary = json.loads(Path("forest/summary.json").read_text())
+        assert summary["test/posterior_gap"] > 0
+
     @pytest.mark.parametrize("latent", ["shape", "labelled"])
     def test_trains_with_a_chart(
         self, latent: str, tiny: list[str], monkeypatch: pytest.MonkeyPatch
@@ -421,13 +432,6 @@ class TestRulesThatSeeTheParent:
             summary["test/nll_per_token"], abs=0.01
         )
         assert state_of(Path("chart"), "last")["posterior"]["policy.usage"].sum() > 0
-
-    def test_policies_over_forests_are_refused_before_training(
-        self, tiny: list[str], capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        line = failing([*tiny, "model=ncfg", "run_dir=refused"], capsys)
-        assert "a context-free grammar says, which NeuralNCFG is not" in line
-        assert not Path("refused").exists()
 
 
 class TestCompare:
@@ -518,6 +522,10 @@ MISTAKES = [
         ["objective=reverse_kl", "posterior.behaviour.temperature=2.0"],
         "posterior.behaviour has temperature=2.0 and epsilon=0.0; objective=reverse_kl needs",
     ),
+    (["posterior.replay=0"], "posterior.replay is 0; it must be at least 1, or null for none"),
+    (["policy=transformer", "policy.symbol_dropout=0.1"], "policy.symbol_dropout is no option of"),
+    (["local_search=back_and_forth", "local_search.steps=0"], "steps of back_and_forth is 0; it"),
+    (["local_search=back_and_forth", "objective=reverse_kl"], "objective=reverse_kl needs plain"),
     (["posterior.behaviour.epsilon=2"], "epsilon is 2; it must lie between 0 and 1"),
     (["posterior.behaviour.epsilon=x"], "posterior.behaviour.epsilon=x: it must be a number"),
     (["optimizer.model.lr=-1"], "optimizer.model: Invalid learning rate: -1"),
@@ -561,6 +569,8 @@ WITHOUT_EFFECT = [
     (["objective=vargrad"], "objective has no effect with ExactPosterior"),
     (["objective=tb"], "posterior.flow_lr is no option of gfnem.posteriors.exact.ExactPosterior"),
     (["refinement=weighting"], "refinement has no effect with ExactPosterior"),
+    (["local_search=back_and_forth"], "local_search has no effect with ExactPosterior"),
+    (["posterior.replay=4"], "posterior.replay is no option of this configuration"),
     (["posterior.sleep=1.0"], "posterior.sleep is no option of this configuration"),
     (["policy.width=8"], "policy.width is no option of this configuration"),
     (["schedule=adaptive"], "schedule has no effect"),

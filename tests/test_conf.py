@@ -97,11 +97,15 @@ def test_option(
         if option in FILES:
             Path("train.txt").write_text(FILES[option])
             overrides.append("data.train=train.txt")
+        elif option == "ptb":
+            for number in range(2, 24):
+                Path(f"{number:02}").mkdir()
+                Path(f"{number:02}", "wsj.mrg").write_text(TREE)
+            overrides.append("data.dir=.")
         else:
-            folder = request.getfixturevalue("real_data") / "nltk_data"
-            overrides += [f"data.dir={folder}", "data.max_length=5"]
-    if (group, option) == ("model", "ncfg"):
-        overrides.append("policy=chart")
+            folder = "nltk_data" if option == "treebank" else option
+            real_data = request.getfixturevalue("real_data")
+            overrides += [f"data.dir={real_data / folder}", "data.max_length=5"]
     if (group, option) == ("policy", "chart"):
         overrides.append("model=ncfg")
     if option == "rate_posterior":
@@ -227,6 +231,22 @@ def test_command_line_wins_over_data_and_experiment() -> None:
     assert config.em.m_steps == 7
     config = compose(["data=treebank", "model.nonterminals=5"])
     assert (config.model.nonterminals, config.model.preterminals) == (5, 60)
+
+
+@pytest.mark.parametrize("data", ["treebank", "gum", "ptb"])
+@pytest.mark.parametrize("experiment", ["grammar_cfg", "grammar_ncfg"])
+def test_grammars_of_all_treebanks(experiment: str, data: str) -> None:
+    baselines = (
+        ["posterior=exact"],
+        ["posterior=exact", "posterior.m_step=sample"],
+        ["posterior=mcmc"],
+        ["posterior=gflownet"],
+    )
+    for posterior in baselines:
+        config = compose([f"experiment={experiment}", f"data={data}", *posterior])
+        assert config.data._target_ == compose([f"data={data}"]).data._target_
+        assert (config.model.nonterminals, config.model.preterminals) == (30, 60)
+        assert config.model._target_.endswith("NCFG" if experiment == "grammar_ncfg" else "PCFG")
 
 
 def test_experiments_say_how_the_e_step_draws() -> None:

@@ -397,6 +397,44 @@ def test_alternation() -> None:
     assert (em.m_steps, em.e_steps) == (8, 7)
 
 
+class NotesPrecision(Table):
+    """Notes in which precision matrices are multiplied in its E-steps, and where else it draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.training_steps: set[str] = set()
+        self.evaluations: set[str] = set()
+
+    def e_step(self, model: LatentVariableModel, x: Any) -> EStep:
+        self.training_steps.add(torch.get_float32_matmul_precision())
+        return super().e_step(model, x)
+
+
+def test_matrices_are_multiplied_in_the_precision_asked_for_in_training_alone() -> None:
+    posterior = NotesPrecision()
+
+    def evaluator(model: Any, posterior: Any, split: str, final: bool = False) -> Any:
+        posterior.evaluations.add(torch.get_float32_matmul_precision())
+        return {"valid/loss": 0.0}
+
+    evaluator.selection = "valid/loss"  # pyright: ignore
+    EM(
+        Mixture(),
+        posterior,
+        Urn(),
+        m_steps=3,
+        evaluator=evaluator,  # pyright: ignore
+        matmul_precision="medium",
+    ).fit()
+    assert posterior.training_steps == {"medium"}
+    assert posterior.evaluations == {"highest"} == {torch.get_float32_matmul_precision()}
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    with pytest.raises(UserError, match="em.matmul_precision is 'low'; use 'highest', 'high' or"):
+        EM(Mixture(), Table(), Urn(), m_steps=3, matmul_precision="low")  # pyright: ignore
+
+
 def test_first_m_step_of_a_cycle_takes_the_latents_of_its_batch() -> None:
     posterior = Table()
     schedule = Alternation(e_steps=2, m_steps=2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ def study(root: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.syspath_prepend(root / "scripts")
     # Dataclasses look their module up.
     monkeypatch.setitem(sys.modules, "objectives_study", module)
     spec.loader.exec_module(module)
@@ -48,8 +48,6 @@ def test_runs_end_in_a_table_and_a_figure(
 ) -> None:
     study.MODELS = {"mixture": "objectives"}
     study.OFF_POLICY = {}
-    # Processes would have to import the script by a name.
-    study.ProcessPoolExecutor = lambda processes, context: ThreadPoolExecutor(processes)
     given = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     given += ["--processes", "1", "objective=tb,vargrad", "seed=0", "device=cpu", *FEW]
     assert study.main(given) == 0

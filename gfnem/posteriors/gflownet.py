@@ -17,7 +17,8 @@ from gfnem.errors import UserError
 from gfnem.model import LatentVariableModel
 from gfnem.objectives import Objective, ScoredTrajectories, WeightedSum, vargrad
 from gfnem.posterior import EStep, Latents, LatentTable, Posterior, check_m_step
-from gfnem.posteriors.refinement import Refinement
+from gfnem.posteriors.refinement import BackAndForth, Refinement
+from gfnem.posteriors.replay import Replay
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,21 @@ class Policy(nn.Module, ABC):
         """Parameters of log Z(x) and the state flows, which want a higher learning rate."""
 
 
+class NumberedPolicy(Policy):
+    """A policy of latents that can be told in whole numbers, none of them negative."""
+
+    @abstractmethod
+    def numbers(self, z: Any) -> Int[Tensor, "batch samples numbers"]:
+        """Two of a data point are the same latent if and only if their numbers are the same.
+
+        What the longest data point of a batch has more numbers than another counts as 0.
+        """
+
+    @abstractmethod
+    def from_numbers(self, condition: Any, numbers: Int[Tensor, "batch samples numbers"]) -> Any:
+        """z of given numbers."""
+
+
 def trajectories_of_choices(
     env: DiscreteEnv,
     choices: Int[Tensor, "rows steps"],
@@ -183,6 +199,10 @@ class GFlowNetPosterior(Posterior):
     sleep: probability that an E-step has a sleep phase beside what the objective asks for: latents
         and data are drawn from the model and -log P_F of a trajectory from P_B is minimised.
     sleep_samples: data points drawn for a sleep phase.
+    local_search: Metropolis-Hastings that goes on from each trajectory's z in an E-step. The
+        objective learns from trajectories to where it ends, too (arXiv 2310.02710).
+    replay: best latents kept of each training point, by log p(x, z), among all that its E-steps
+        have seen. The objective learns from trajectories to them, too; None keeps none.
     refinement: what makes the M-step's latents of plain draws; None takes the draws.
     flow_lr: learning rate of log Z(x) and the state flows; None for the optimizer's own.
     m_step: "gradient", or "closed" for a model that knows where log p(x, z) of the latents is
@@ -197,6 +217,8 @@ class GFlowNetPosterior(Posterior):
         behaviour: Behaviour = ON_POLICY,
         sleep: float = 0.0,
         sleep_samples: int = 32,
+        local_search: BackAndForth | None = None,
+        replay: int | None = None,
         refinement: Refinement | None = None,
         flow_lr: float | None = None,
         m_step: Literal["gradient", "closed"] = "gradient",
@@ -217,12 +239,31 @@ class GFlowNetPosterior(Posterior):
                     f"posterior.samples is {samples}; objective={part.name} needs at least "
                     f"{part.least_samples}"
                 )
-            if not (part.off_policy or behaviour.on_policy):
+            if part.off_policy:
+                continue
+            if not behaviour.on_policy:
                 raise UserError(
                     f"posterior.behaviour has temperature={behaviour.temperature} and "
                     f"epsilon={behaviour.epsilon}; objective={part.name} needs plain draws of the "
                     "policy: set temperature=1 and epsilon=0"
                 )
+            if local_search is not None or replay is not None:
+                raise UserError(
+                    f"objective={part.name} needs plain draws of the policy: set "
+                    "local_search=none and posterior.replay=null, or use another objective"
+                )
+        if not self.objective.wake and (local_search is not None or replay is not None):
+            raise UserError(
+                "local_search and posterior.replay have no effect with objective=sleep, which asks "
+                "for no trajectories of the data: set local_search=none and posterior.replay=null"
+            )
+        if replay is not None and not isinstance(policy, NumberedPolicy):
+            raise UserError(
+                f"posterior.replay is {replay}, but {type(policy).__name__} cannot tell latents in "
+                "numbers, to keep them: set posterior.replay=null"
+            )
+        self.local_search = local_search
+        self.replay = None if replay is None else Replay(replay)
         self.samples = samples
         self.behaviour = behaviour
         self.sleep = sleep
@@ -267,7 +308,10 @@ class GFlowNetPosterior(Posterior):
         """What the objective says of trajectories of x."""
         condition = self.policy.condition(model, x)
         paths = self.policy.sample(condition, self.samples, self.behaviour)
-        trajectories = self.policy.trajectories(condition, paths)
+        explored = [paths, *self._explored(condition, x, paths)]
+        trajectories = ScoredTrajectories.join(
+            [self.policy.trajectories(condition, each) for each in explored]
+        )
         loss = paths.log_forward.new_zeros(())
         for part, weight in self.objective.wake:
             # torchgfn's base class does not declare what all its objectives take.
@@ -276,7 +320,7 @@ class GFlowNetPosterior(Posterior):
                 trajectories.env,
                 trajectories,
                 recalculate_all_logprobs=False,
-                log_rewards=paths.log_joint.flatten(),
+                log_rewards=trajectories.log_rewards,
             )
         log_weights = paths.log_weights.detach()
         weights = log_weights.softmax(-1)
@@ -288,6 +332,26 @@ class GFlowNetPosterior(Posterior):
         if self.behaviour.on_policy:
             latents = Latents(paths.z, log_weights, log_joint=paths.model_log_joint)
         return EStep(loss, latents, metrics)
+
+    def _explored(self, condition: Any, x: Any, paths: Paths) -> list[Paths]:
+        """Trajectories to further latents of the same data points, from P_B."""
+        policy, explored = self.policy, []
+        if self.local_search is not None:
+            z = self.local_search.walk(policy, condition, paths.z)
+            explored.append(policy.retrace(condition, z))
+        if self.replay is not None:
+            assert isinstance(policy, NumberedPolicy)
+            recalled = self.replay.recall(x.ids, policy.numbers(paths.z))
+            explored.append(policy.retrace(condition, policy.from_numbers(condition, recalled)))
+            # What is rated, in evaluations, is not to be changed by it.
+            if self.training:
+                shown = [paths, *explored]
+                self.replay.show(
+                    x.ids,
+                    torch.cat([policy.numbers(each.z) for each in shown], 1),
+                    torch.cat([each.log_joint for each in shown], 1),
+                )
+        return explored
 
     def sleep_loss(self, model: LatentVariableModel) -> Float[Tensor, ""] | None:
         """-log P_F of draws from the model; None when the model gave none that fit."""

@@ -14,6 +14,7 @@ from gfnem.categorical import sample_categorical
 from gfnem.errors import UserError
 from gfnem.model import LatentVariableModel
 from gfnem.posterior import EStep, Latents, Posterior, check_m_step
+from gfnem.posteriors.kept import Kept
 from gfnem.posteriors.mean_field import FactorisedModel
 
 
@@ -83,8 +84,7 @@ class MCMC(Posterior):
         self.steps = steps
         self.burn_in = burn_in
         self.m_step = m_step
-        # Of the training data by their ids; -1 where a point has no chains yet, or fewer numbers.
-        self._kept: Int[Tensor, "ids samples numbers"] = torch.zeros(0, samples, 0).long()
+        self._kept = Kept(samples)
 
     @property
     def m_step_samples(self) -> int:
@@ -111,7 +111,7 @@ class MCMC(Posterior):
         """Where the kept chains are after some more transitions."""
         condition = self.moves.condition(model, x)
         state = self.moves.walk(condition, self._recall(condition, x.ids), self.steps)
-        self._keep(x.ids, state)
+        self._kept.keep(x.ids, state)
         return Latents(self.moves.latents(condition, state), log_weights=None)
 
     def _begun(self, condition: Any, chains: int) -> Int[Tensor, "batch chains numbers"]:
@@ -121,24 +121,14 @@ class MCMC(Posterior):
         self, condition: Any, ids: Int[Tensor, "batch"]
     ) -> Int[Tensor, "batch samples numbers"]:
         state = self.moves.begin(condition, self.samples)
-        self._make_room(int(ids.max()) + 1, state)
-        kept = self._kept[ids, :, : state.shape[2]]
+        kept = self._kept.recall(ids, state.shape[2])
         is_new = kept[:, :1, :1] < 0
         if is_new.any():
             state = self.moves.walk(condition, state, self.burn_in)
         return torch.where(is_new, state, kept)
 
-    def _make_room(self, rows: int, state: Int[Tensor, "batch samples numbers"]) -> None:
-        more_rows = max(rows - self._kept.shape[0], 0)
-        more_numbers = max(state.shape[2] - self._kept.shape[2], 0)
-        room = (0, more_numbers, 0, 0, 0, more_rows)
-        self._kept = functional.pad(self._kept.to(state.device), room, value=-1)
-
-    def _keep(self, ids: Int[Tensor, "batch"], state: Int[Tensor, "batch samples numbers"]) -> None:
-        self._kept[ids, :, : state.shape[2]] = state
-
     def get_extra_state(self) -> dict[str, Any]:
-        return {"kept": self._kept}
+        return {"kept": self._kept.table}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         chains = state["kept"].shape[1]
@@ -147,7 +137,7 @@ class MCMC(Posterior):
                 f"posterior.samples is {self.samples}, but {chains} chains were kept for each "
                 "data point: leave it as it was"
             )
-        self._kept = state["kept"]
+        self._kept.table = state["kept"]
 
 
 class Gibbs(Moves):

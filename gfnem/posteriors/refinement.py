@@ -44,9 +44,9 @@ class BackAndForth(Refinement):
     def __init__(self, steps: int = 10, depth: int = 10, temperature: float = 1.0):
         for name, value in (("steps", steps), ("depth", depth)):
             if value < 1:
-                raise UserError(f"refinement.{name} is {value}; it must be at least 1")
+                raise UserError(f"{name} of back_and_forth is {value}; it must be at least 1")
         if not temperature > 0:
-            raise UserError(f"refinement.temperature is {temperature}; it must be positive")
+            raise UserError(f"temperature of back_and_forth is {temperature}; it must be positive")
         self.steps = steps
         self.depth = depth
         self.temperature = temperature
@@ -54,8 +54,11 @@ class BackAndForth(Refinement):
     def __call__(
         self, policy: Policy, model: LatentVariableModel, x: Any, latents: Latents
     ) -> Latents:
-        condition = policy.condition(model, x)
-        z = latents.z
+        return Latents(self.walk(policy, policy.condition(model, x), latents.z), log_weights=None)
+
+    @torch.no_grad()
+    def walk(self, policy: Policy, condition: Any, z: Any) -> Any:
+        """Where the proposals lead from z."""
         for _ in range(self.steps):
             depth = int(torch.randint(1, self.depth + 1, ()))
             old, new = policy.regrow(condition, z, depth, self.temperature)
@@ -67,7 +70,7 @@ class BackAndForth(Refinement):
             )
             accept = torch.rand_like(log_accept).log() < log_accept
             z = new.z.where(accept, old.z)
-        return Latents(z, log_weights=None)
+        return z
 
 
 class Thinning(Refinement):

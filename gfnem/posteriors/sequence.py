@@ -14,13 +14,13 @@ from gfnem.objectives import ScoredTrajectories
 from gfnem.posteriors.gflownet import (
     ON_POLICY,
     Behaviour,
+    NumberedPolicy,
     Paths,
-    Policy,
     trajectories_of_choices,
 )
 
 
-class SequencePolicy(Policy):
+class SequencePolicy(NumberedPolicy):
     """z is a number of choices, `z.index`, that are made in order: the state graph is a tree, so
     P_B = 1, and q(z | x) the product of P_F.
 
@@ -77,6 +77,12 @@ class SequencePolicy(Policy):
 
     def retrace(self, condition: Any, z: Any) -> Paths:
         return self._paths(condition, z.index)
+
+    def numbers(self, z: Any) -> Int[Tensor, "batch samples steps"]:
+        return z.index
+
+    def from_numbers(self, condition: Any, numbers: Int[Tensor, "batch samples steps"]) -> Any:
+        return self.latents(numbers)
 
     def log_forward(self, condition: Any, z: Any) -> Float[Tensor, "batch samples"]:
         return self._log_probabilities(condition, z.index).sum(-1)

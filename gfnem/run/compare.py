@@ -193,13 +193,7 @@ class Comparison:
         runs = self.rows[row]
         if all(metric not in run.numbers for run in runs):
             return None
-        values = [run.numbers.get(metric, math.nan) for run in runs]
-        if len(values) == 1:
-            return values[0], math.nan
-        if len(set(values)) == 1:  # without the rounding of a mean
-            return values[0], 0.0
-        with np.errstate(invalid="ignore"):
-            return float(np.mean(values)), float(np.std(values, ddof=1))
+        return mean_and_deviation([run.numbers.get(metric, math.nan) for run in runs])
 
     def texts(self) -> tuple[list[str], list[list[str]]]:
         """The table for people: its columns and its rows."""
@@ -207,7 +201,7 @@ class Comparison:
         cells["seeds"] = [str(len(row)) for row in self.rows]
         for metric in self.metrics:
             results = [self.result(row, metric) for row in range(len(self.rows))]
-            cells[metric] = _texts(results)
+            cells[metric] = result_texts(results)
         return list(cells), [list(row) for row in zip(*cells.values(), strict=True)]
 
     def numbers(self) -> tuple[list[str], list[list[str | float]]]:
@@ -304,6 +298,15 @@ class Comparison:
         return sum(any(name in line for run in row for line in run.lines) for row in self.rows)
 
 
+def mean_and_deviation(values: Sequence[float]) -> Result:
+    if len(values) == 1:
+        return values[0], math.nan
+    if len(set(values)) == 1:  # without the rounding of a mean
+        return values[0], 0.0
+    with np.errstate(invalid="ignore"):
+        return float(np.mean(values)), float(np.std(values, ddof=1))
+
+
 def _one_of_each_seed(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
     kept: dict[object, FinishedRun] = {}
     for run in runs:
@@ -336,7 +339,7 @@ def _chosen(runs: Sequence[FinishedRun], patterns: Sequence[str]) -> list[str]:
     return _matching(names, patterns)
 
 
-def _texts(results: Sequence[Result | None]) -> list[str]:
+def result_texts(results: Sequence[Result | None]) -> list[str]:
     """The results of a column, with as many decimals as its usual deviation has meaning for."""
     known = [result for result in results if result is not None and math.isfinite(result[0])]
     deviations = [deviation for _, deviation in known if deviation > 0]

@@ -236,10 +236,10 @@ def test_m_steps_on_weighted_latents_climb_the_exact_expectation(latent, refinem
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"steps": 0}, "refinement.steps is 0; it must be at least 1"),
-        ({"depth": 0}, "refinement.depth is 0; it must be at least 1"),
-        ({"temperature": 0.0}, "refinement.temperature is 0.0; it must be positive"),
-        ({"temperature": nan}, "refinement.temperature is nan; it must be positive"),
+        ({"steps": 0}, "steps of back_and_forth is 0; it must be at least 1"),
+        ({"depth": 0}, "depth of back_and_forth is 0; it must be at least 1"),
+        ({"temperature": 0.0}, "temperature of back_and_forth is 0.0; it must be positive"),
+        ({"temperature": nan}, "temperature of back_and_forth is nan; it must be positive"),
     ],
 )
 def test_arguments_that_make_no_refinement(options, message):

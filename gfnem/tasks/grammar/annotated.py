@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gfnem.categorical import sample_categorical
-from gfnem.tasks.grammar.potentials import Potentials
+from gfnem.tasks.grammar.potentials import MergePotentials, Potentials, Same
 
 
 class AveragedRules(NamedTuple):
@@ -31,36 +32,29 @@ class AveragedRules(NamedTuple):
     both: Float[Tensor, "batch gaps nonterminals"]
 
 
-class ContextPotentials(ABC):
-    """What a grammar whose rules have a context says of the words of a batch of sentences.
+class ContextPotentials(MergePotentials):
+    """What a grammar whose rules see their context says of the words of a batch of sentences.
 
-    Probabilities; contexts are nonterminals, then S. How rules are stored is left to subclasses.
+    Contexts are nonterminals, then S. How rules are stored is left to subclasses.
 
-    root: p(S -> A).
     preterminal: p(T -> w_i | T, A), mean over A, divided by its sum over T: what encoders see.
     log_scale: every p(T -> w_i | T, A) is divided by exp(log_scale[i]), their maximum.
-    lengths: words of each sentence; entries behind the sentence are meaningless.
+    log_word: log of the mean over T and A of p(T -> w_i | T, A).
+    root, lengths: as in `Potentials`.
     """
 
-    root: Float[Tensor, "nonterminals"]
-    preterminal: Float[Tensor, "batch length preterminals"]
-    log_scale: Float[Tensor, "batch length"]
-    lengths: Int[Tensor, "batch"]
-
-    @property
-    @abstractmethod
-    def contexts(self) -> int:
-        """Number of contexts."""
-
-    @property
-    def total_log_scale(self) -> Float[Tensor, "batch"]:
-        """The sum of log_scale over each sentence's words."""
-        position = torch.arange(self.log_scale.shape[1], device=self.lengths.device)
-        return (self.log_scale * (position < self.lengths[:, None])).sum(-1)
-
-    @abstractmethod
-    def detach(self) -> ContextPotentials:
+    def detach(self: Same) -> Same:
         """The same without gradients."""
+        this: Any = self
+        return replace(this, **{f.name: getattr(this, f.name).detach() for f in fields(this)})
+
+    def average(self, message: Tensor, whole: Tensor, weights: Tensor | None = None) -> Tensor:
+        under_s, others = message[..., -1, :], message[..., :-1, :]
+        if weights is None:
+            average = others.mean(-2)
+        else:
+            average = (weights[..., None, :] @ others).squeeze(-2)
+        return torch.where(whole[..., None], under_s, average)
 
     @abstractmethod
     def inner_rules(
@@ -87,10 +81,6 @@ class ContextPotentials(ABC):
         context: Int[Tensor, "spans"],
     ) -> Float[Tensor, "spans nonterminals"]:
         """Sum over T of p(A -> B T | A, P) p(T -> w | T, A), the word on the right; by B."""
-
-    @abstractmethod
-    def word_pairs(self) -> Float[Tensor, "batch gaps nonterminals contexts"]:
-        """Sum over T and U of p(A -> T U | A, P) p(T -> w_i | T, A) p(U -> w_i+1 | U, A)."""
 
     @abstractmethod
     def rule_probabilities(
@@ -125,6 +115,7 @@ class AnnotatedPotentials(ContextPotentials):
     both: sum over T and U of p(A -> T U | A, P) p(T -> w_i | T, A) p(U -> w_i+1 | U, A).
     preterminal: p(T -> w_i | T, A), mean over A, divided by its sum over T: what encoders see.
     log_scale: every p(T -> w_i | T, A) above is divided by exp(log_scale[i]), their maximum.
+    log_word: log of the mean over T and A of p(T -> w_i | T, A).
     lengths: words of each sentence; entries behind the sentence are meaningless.
     """
 
@@ -135,6 +126,7 @@ class AnnotatedPotentials(ContextPotentials):
     both: Float[Tensor, "batch gaps nonterminals contexts"]
     preterminal: Float[Tensor, "batch length preterminals"]
     log_scale: Float[Tensor, "batch length"]
+    log_word: Float[Tensor, "batch length"]
     lengths: Int[Tensor, "batch"]
 
     @staticmethod
@@ -148,6 +140,7 @@ class AnnotatedPotentials(ContextPotentials):
             both=potentials.both[..., None],
             preterminal=potentials.preterminal,
             log_scale=potentials.log_scale,
+            log_word=potentials.log_word,
             lengths=potentials.lengths,
         )
 
@@ -155,9 +148,23 @@ class AnnotatedPotentials(ContextPotentials):
     def contexts(self) -> int:
         return self.rules.shape[1]
 
-    def detach(self) -> AnnotatedPotentials:
-        tables = ("root", "rules", "left", "right", "both", "preterminal")
-        return replace(self, **{name: getattr(self, name).detach() for name in tables})
+    def two_words(self) -> Float[Tensor, "batch gaps contexts nonterminals"]:
+        return self.both.mT
+
+    def word_on_left(self, sentence: Tensor, word: Tensor, right: Tensor) -> Tensor:
+        # The label of the merged root is the other one's context, which S never is.
+        return (self.left[sentence, word] @ right[:, :-1, :, None]).squeeze(-1).mT
+
+    def word_on_right(self, sentence: Tensor, word: Tensor, left: Tensor) -> Tensor:
+        return (self.right[sentence, word] @ left[:, :-1, :, None]).squeeze(-1).mT
+
+    @cached_property
+    def _pairs_to_contexts(self) -> Float[Tensor, "nonterminals pairs contexts"]:
+        return self.rules.flatten(2).mT
+
+    def two_roots(self, left: Tensor, right: Tensor) -> Tensor:
+        pairs = (left[:, :-1, :, None] * right[:, :-1, None]).flatten(2)
+        return torch.bmm(pairs.transpose(0, 1), self._pairs_to_contexts).permute(1, 2, 0)
 
     def inner_rules(self, label: Tensor, context: Tensor) -> Tensor:
         return self.rules[label, context]
@@ -171,9 +178,6 @@ class AnnotatedPotentials(ContextPotentials):
         self, sentence: Tensor, position: Tensor, label: Tensor, context: Tensor
     ) -> Tensor:
         return self.right[sentence, position, label, context]
-
-    def word_pairs(self) -> Tensor:
-        return self.both
 
     def rule_probabilities(
         self,
@@ -246,7 +250,7 @@ class AnnotatedGrammar(ABC):
         Float[Tensor, "nonterminals batch length preterminals"], Float[Tensor, "batch length"]
     ]:
         """p(T -> w_i | T, A), scaled to maximum 1 for each word, and the scales' logarithms."""
-        log_emission = self.emission[:, :, words].permute(0, 2, 3, 1)
+        log_emission = self.emission.transpose(1, 2)[:, words]
         log_scale = log_emission.detach().amax((0, 3))
         log_scale = torch.where(log_scale.isfinite(), log_scale, 0.0)
         return (log_emission - log_scale[..., None]).exp(), log_scale
@@ -258,6 +262,15 @@ def mean_preterminal(
     """`ContextPotentials.preterminal`."""
     mean = emission.mean(0)
     return mean / (mean.sum(-1, keepdim=True) + torch.finfo(mean.dtype).tiny)
+
+
+def mean_log_word(
+    emission: Float[Tensor, "nonterminals batch length preterminals"],
+    log_scale: Float[Tensor, "batch length"],
+) -> Float[Tensor, "batch length"]:
+    """`ContextPotentials.log_word`."""
+    mean = emission.mean((0, 3))
+    return mean.clamp(min=torch.finfo(mean.dtype).tiny).log() + log_scale
 
 
 class _WordPairs(torch.autograd.Function):
@@ -322,9 +335,9 @@ class DenseGrammar(AnnotatedGrammar):
         emission, log_scale = self._emissions(words)
         size = emission.shape[1:3]
         # Split, not sliced: the gradient of a slice is as large as what it is cut from.
-        by_left = self.binary.transpose(0, 1).exp().tensor_split([nt], 2)
+        by_left = self.binary.transpose(0, 1).exp().split((nt, self.preterminals), 2)
         (rules, inner_word), (word_inner, word_word) = (
-            part.tensor_split([nt], 3) for part in by_left
+            part.split((nt, self.preterminals), 3) for part in by_left
         )
 
         def of_word(rules: Tensor) -> Tensor:
@@ -348,5 +361,6 @@ class DenseGrammar(AnnotatedGrammar):
             both=both,
             preterminal=mean_preterminal(emission),
             log_scale=log_scale,
+            log_word=mean_log_word(emission, log_scale),
             lengths=lengths,
         )

@@ -24,6 +24,8 @@ from gfnem.tasks.grammar.messages import (
     positive,
     root_score,
     rule_scores,
+    scales_under,
+    under,
 )
 from gfnem.tasks.grammar.tree import Trees
 
@@ -65,6 +67,49 @@ def log_joint_shape(
     p = potentials
     value = _LogJointShape.apply(p.root, p.rules, p.left, p.right, p.both, Levels.of(trees))
     return value.view(trees.start.shape[:2]) + potentials.total_log_scale[:, None]
+
+
+def labelled_scores(
+    potentials: ContextPotentials, trees: Trees
+) -> tuple[Float[Tensor, "batch samples nodes"], Float[Tensor, "batch samples"]]:
+    """What the grammar says of the words under each node of labelled trees, and log p(x, tree).
+
+    The former counts the rules whose context the node's own label completes: those of the nodes
+    below it, without its own.
+    """
+    rules = rule_scores(potentials, trees, contexts(trees, len(potentials.root)))
+    own = torch.eye(rules.shape[-1], dtype=torch.bool, device=rules.device)
+    scores = torch.where(under(trees) & ~own, rules[..., None, :], 0.0).sum(-1)
+    log_joint = rules.sum(-1) + root_score(potentials, trees) + potentials.total_log_scale[:, None]
+    return scores + scales_under(potentials, trees), log_joint
+
+
+def inside_scores(
+    potentials: AnnotatedPotentials, trees: Trees
+) -> tuple[Float[Tensor, "batch samples nodes"], Float[Tensor, "batch samples"]]:
+    """What the grammar says of the words under each node of shapes, and log p(x, shape).
+
+    The former is the logarithm of sum over A of p(words under the node, shape below it | A, P),
+    averaged over the nonterminals P. No gradients.
+    """
+    levels, p = Levels.of(trees), potentials
+    up = _upward(levels, p.rules, p.left, p.right, p.both)
+    return shape_scores(p, trees, levels, up.message, up.log_scale)
+
+
+def shape_scores(
+    potentials: ContextPotentials,
+    trees: Trees,
+    levels: Levels,
+    message: Float[Tensor, "total contexts nonterminals"],
+    log_scale: Float[Tensor, "total"],
+) -> tuple[Float[Tensor, "batch samples nodes"], Float[Tensor, "batch samples"]]:
+    """`inside_scores` of all nodes' messages and their scales."""
+    inner = torch.zeros_like(levels.row, dtype=torch.bool)
+    nodes = potentials.average(message, inner).sum(-1).log() + log_scale
+    top = (message[levels.root, -1] @ potentials.root).log() + log_scale[levels.root]
+    log_joint = top.view(trees.start.shape[:2]) + potentials.total_log_scale[:, None]
+    return levels.by_gap(nodes, trees) + scales_under(potentials, trees), log_joint
 
 
 def sample_labels(

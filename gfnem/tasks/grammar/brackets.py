@@ -89,11 +89,13 @@ def read_trees(file: Path | zipfile.Path, keep_currency: bool = True) -> list[Tr
 def tree_files(path: Path) -> list[Path]:
     """The file itself, or all files with trees below a folder, in the order of their paths.
 
+    Copies of the Penn Treebank may have names in capitals.
+
     Raises UserError for a path that does not exist and for a folder without such files.
     """
     if not path.is_dir():
         return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix in TREE_FILES)
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in TREE_FILES)
     if not files:
         raise UserError(
             f"{path} has no files with trees in it: their names must end in one of "

@@ -6,8 +6,9 @@ and context P, into (k, B, C) with logit
     log p(A -> B C | A, P) + b(i, k, B | A) + b(k, j, C | A),
 
 b being the logarithm of the guide's inside scores plus what the encoder says of the span, under its
-own label and its parent's. Words are exact. With the exact inside scores as guide and an encoder
-that says nothing, the policy is the posterior. A context-free grammar has one context.
+own label and under that and its parent's. Words are exact. With the exact inside scores as guide
+and an encoder that says nothing, the policy is the posterior. A context-free grammar has one
+context.
 
 Spans are split from the widest to the narrowest, those of one width from left to right, so there is
 one trajectory to each labelled tree: P_B = 1 and q(z | x) is P_F. To a shape there are as many as
@@ -32,8 +33,8 @@ from gfnem.objectives import ScoredTrajectories
 from gfnem.posteriors.gflownet import (
     ON_POLICY,
     Behaviour,
+    NumberedPolicy,
     Paths,
-    Policy,
     trajectories_of_choices,
 )
 from gfnem.posteriors.sequence_env import SequenceEnv
@@ -124,6 +125,18 @@ class ChartCondition:
         return self.encode()
 
     @property
+    def residual(
+        self,
+    ) -> tuple[
+        Float[Tensor, "batch spans nonterminals"],
+        Float[Tensor, "batch spans nonterminals+1 nonterminals"],
+    ]:
+        """What it adds to b: for each label of a span, and for each label under each parent."""
+        labels = self.vectors.by_start.shape[-1]
+        own, under = self.encoding.scores.tensor_split([labels], -1)
+        return own, under.unflatten(-1, (labels + 1, labels))
+
+    @property
     def lengths(self) -> Int[Tensor, "batch"]:
         return self.sentences.lengths
 
@@ -144,8 +157,8 @@ class ChartCondition:
         guide = self.potentials.root * self.vectors.whole(self.lengths)[:, -1]
         sentence = torch.arange(len(guide), device=guide.device)
         span = self.encoding.index[torch.zeros_like(self.lengths), self.lengths]
-        own, _ = self.encoding.scores[sentence, span].chunk(2, -1)
-        return _log(guide) + own
+        own, under = self.residual
+        return _log(guide) + own[sentence, span] + under[sentence, span, -1]
 
     def splits(self, spans: Spans) -> Splits:
         """Spans of at least three words each."""
@@ -179,12 +192,11 @@ class ChartCondition:
         guide = self.vectors.by_start[start, sentence, width, self.seen(parent)[:, None]]
         # A word has no span, and a guide of 0.
         span = self.encoding.index[start, torch.where(width > 1, start + width, start)]
-        own, under = self.encoding.scores[sentence, span].chunk(2, -1)
-        under = under.gather(-1, parent[:, None, None].expand(*under.shape[:2], 1))
-        return guide * (own + under).exp()
+        own, under = self.residual
+        return guide * (own[sentence, span] + under[sentence, span, parent[:, None]]).exp()
 
 
-class ChartPolicy(Policy):
+class ChartPolicy(NumberedPolicy):
     """See the module's description.
 
     nonterminals, preterminals: of the grammar.
@@ -196,6 +208,7 @@ class ChartPolicy(Policy):
         context-free is its own relaxation. Or "none": the rules and the encoder are on their own.
     width: of the encoder's layers.
     dropout: in the encoder, in training.
+    symbol_dropout: of the grammar's symbols, for the encoder, in training; see `SpanEncoder`.
     """
 
     usage: Tensor
@@ -209,6 +222,7 @@ class ChartPolicy(Policy):
         guide: Literal["relaxation", "exact", "none"] = "relaxation",
         width: int = 128,
         dropout: float = 0.0,
+        symbol_dropout: float = 0.0,
     ):
         super().__init__()
         check_latent(latent)
@@ -219,7 +233,13 @@ class ChartPolicy(Policy):
         self.guide = guide
         self.register_buffer("usage", torch.zeros(nonterminals, nonterminals + 1))
         self.encoder = SpanEncoder(
-            preterminals, 2 * nonterminals, nonterminals, max_length, width, dropout
+            preterminals,
+            nonterminals * (nonterminals + 2),
+            nonterminals,
+            max_length,
+            width,
+            dropout,
+            symbol_dropout,
         )
         self.last_condition: ChartCondition | None = None
         self._envs: dict[tuple[int, str], SequenceEnv] = {}
@@ -272,7 +292,7 @@ class ChartPolicy(Policy):
             return vectors, SpanTable.zeros(like, length, batch)
         if isinstance(model, AnnotatedModel):
             if self.guide == "exact":
-                return model.inside_scores(potentials)
+                return model.chart(potentials)
             return self._relaxed(potentials)
         return _context_free(potentials, potentials.root.new_ones(nonterminals, 1))
 
@@ -285,7 +305,7 @@ class ChartPolicy(Policy):
             for table in (vectors.by_start, vectors.by_end)
         )
         vectors = SpanTable(by_start, by_end)
-        exact = potentials.word_pairs().permute(1, 0, 3, 2)
+        exact = potentials.two_words().transpose(0, 1)
         peak = exact.amax((-1, -2))
         vectors.put(2, exact / torch.where(peak > 0, peak, 1.0)[..., None, None])
         scales.put(2, peak.log())
@@ -298,6 +318,14 @@ class ChartPolicy(Policy):
         if self.training:
             self._count(trees)
         return self._paths(condition, trees)
+
+    def numbers(self, z: Trees) -> Int[Tensor, "batch samples numbers"]:
+        return z.numbers
+
+    def from_numbers(
+        self, condition: ChartCondition, numbers: Int[Tensor, "batch samples numbers"]
+    ) -> Trees:
+        return Trees.from_numbers(numbers, condition.lengths, self.latent == "labelled")
 
     def retrace(self, condition: ChartCondition, z: Trees) -> Paths:
         return self._paths(condition, condition.labelled(z))

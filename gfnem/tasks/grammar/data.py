@@ -1,8 +1,8 @@
 """Sentences to induce a grammar from, with gold trees to rate it by.
 
-Four sources make a `GrammarData`: `toy_english` (sampled, needs no files), `treebank` (NLTK's
-Penn Treebank sample), `bracketed` (files of trees) and `text` (raw sentences). What becomes of
-words and trees on the way is told in `brackets.py`.
+Six sources make a `GrammarData`: `toy_english` (sampled, needs no files), `treebank` (NLTK's
+Penn Treebank sample), `penn_treebank` (the whole of it), `gum`, `bracketed` (files of trees) and
+`text` (raw sentences). What becomes of words and trees on the way is told in `brackets.py`.
 
     data = toy_english(seed=0)
 """
@@ -44,6 +44,10 @@ if TYPE_CHECKING:
 SplitName = Literal["train", "valid", "test"]
 
 UNKNOWN = "<unk>"
+
+TRAIN_SECTIONS, VALID_SECTIONS, TEST_SECTIONS = range(2, 22), (22,), (23,)
+# Where the sections are in the folder of the Penn Treebank, version 3 or 2, or of a part of it.
+SECTIONS_IN = (".", "wsj", "parsed/mrg/wsj", "treebank_3/parsed/mrg/wsj", "combined/wsj")
 
 
 @dataclass(frozen=True)
@@ -305,6 +309,85 @@ def treebank(
     )
 
 
+def penn_treebank(
+    dir: str | None = None,
+    keep_currency: bool = False,
+    min_length: int = 2,
+    max_length: int = 20,
+    min_count: int = 2,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> GrammarData:
+    """The Wall Street Journal part of the Penn Treebank (LDC99T42), which is not free.
+
+    Sections 02 to 21 are for training, 22 for validation, 23 for tests, as is usual.
+
+    dir: folder with the sections' folders in it, or the treebank's own folder, in which they are
+        in `parsed/mrg/wsj`. None looks in the subfolder `ptb` of the folder that GFNEM_DATA names.
+    keep_currency: take `$` and `#` for words; the field removes them (compound-pcfg).
+    min_length, max_length, min_count, batch_size, seed: as for `GrammarData`.
+
+    Raises UserError if the folder or one of the sections is not there.
+    """
+    sections = _find_sections(_data_folder("ptb", dir))
+    train, valid, test = (
+        _read_bracketed([str(sections / f"{number:02}") for number in numbers], keep_currency)
+        for numbers in (TRAIN_SECTIONS, VALID_SECTIONS, TEST_SECTIONS)
+    )
+    return GrammarData(
+        "ptb", train, valid, test, min_length, max_length, min_count, batch_size, seed
+    )
+
+
+def gum(
+    dir: str | None = None,
+    valid_fraction: float = 0.1,
+    keep_currency: bool = True,
+    min_length: int = 2,
+    max_length: int = 20,
+    min_count: int = 2,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> GrammarData:
+    """Constituency trees of GUM, English of many genres: `train.ptb` and `dev.ptb`.
+
+    The trees of dev.ptb are for tests. What is chosen, the best checkpoint first of all, is chosen
+    on the last trees of train.ptb, from which nothing is learned.
+
+    dir: folder of the two files. None looks in the subfolder `gum` of the folder that GFNEM_DATA
+        names.
+    valid_fraction: share of the trees of train.ptb that are for validation, the last ones.
+    keep_currency: take `$` and `#` for words; compound-pcfg removes them.
+    min_length, max_length, min_count, batch_size, seed: as for `GrammarData`.
+
+    Raises UserError if the folder or one of the files is not there.
+    """
+    if not 0 < valid_fraction < 1:
+        raise UserError(f"valid_fraction is {valid_fraction}; it must lie between 0 and 1")
+    folder = _data_folder("gum", dir)
+    files = [folder / name for name in ("train.ptb", "dev.ptb")]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise UserError(
+            f"{folder} has no {' and no '.join(missing)}: put the trees of GUM's splits, from "
+            "https://github.com/amir-zeldes/gum, together in these files, or set data.dir to "
+            "their folder"
+        )
+    train, test = (_read_trees([file], keep_currency) for file in files)
+    kept = len(train) - round(valid_fraction * len(train))
+    return GrammarData(
+        "gum",
+        train.select(range(kept)),
+        train.select(range(kept, len(train))),
+        test,
+        min_length,
+        max_length,
+        min_count,
+        batch_size,
+        seed,
+    )
+
+
 def bracketed(
     train: str | Sequence[str],
     valid: str | Sequence[str] | None = None,
@@ -430,6 +513,38 @@ def _read_trees(files: Iterable[Path | zipfile.Path], keep_currency: bool) -> Re
 def _read_bracketed(paths: str | Sequence[str], keep_currency: bool) -> Reading:
     paths = [paths] if isinstance(paths, str) else paths
     return _read_trees((file for path in paths for file in tree_files(Path(path))), keep_currency)
+
+
+def _data_folder(name: str, dir: str | None) -> Path:
+    """The folder of data that comes with nothing: the one given, or one in GFNEM_DATA."""
+    if dir is None and not (root := os.environ.get("GFNEM_DATA")):
+        raise UserError(
+            f"data={name} is not found: set data.dir to its folder, or GFNEM_DATA to a folder with "
+            f"{name} in it"
+        )
+    folder = Path(dir) if dir is not None else Path(root, name)
+    if not folder.is_dir():
+        raise UserError(f"data={name} was looked for in {folder}, which is no folder: set data.dir")
+    return folder
+
+
+def _find_sections(root: Path) -> Path:
+    """The folder of all sections of the Penn Treebank that are read."""
+    wanted = [f"{n:02}" for n in (*TRAIN_SECTIONS, *VALID_SECTIONS, *TEST_SECTIONS)]
+    for place in SECTIONS_IN:
+        folder = root / place
+        missing = [name for name in wanted if not (folder / name).is_dir()]
+        if not missing:
+            return folder
+        if len(missing) < len(wanted):
+            raise UserError(
+                f"{folder} has no section {', '.join(missing)} of the Penn Treebank: each is a "
+                "folder with .mrg files"
+            )
+    raise UserError(
+        f"{root} has no sections of the Penn Treebank, folders 02 to 23 with .mrg files, neither "
+        f"in itself nor in {', '.join(SECTIONS_IN[1:])}: set data.dir to their folder"
+    )
 
 
 def _find_treebank(dir: str | None) -> Path | zipfile.Path:

@@ -10,6 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from gfnem.errors import UserError
+
 
 @dataclass(frozen=True)
 class SpanEncoding:
@@ -61,6 +63,10 @@ class SpanEncoder(nn.Module):
     max_length: the longest sentence in words.
     width: of the words' embeddings, of each direction of the GRU and of the hidden layers.
     dropout: of word embeddings and hidden units, in training.
+    symbol_dropout: with this probability a symbol is hidden from a sentence, in training: a
+        preterminal from all its words, and a score from all its spans, which is 0
+        there, as if there were nothing to correct. What other parts of a policy take of the
+        grammar is as it was. In a policy's condition it is the same for all trajectories.
     """
 
     def __init__(
@@ -71,8 +77,14 @@ class SpanEncoder(nn.Module):
         max_length: int,
         width: int = 128,
         dropout: float = 0.0,
+        symbol_dropout: float = 0.0,
     ):
         super().__init__()
+        if not 0 <= symbol_dropout < 1:
+            raise UserError(
+                f"policy.symbol_dropout is {symbol_dropout}; it must be at least 0 and below 1"
+            )
+        self.symbol_dropout = symbol_dropout
         self.embedding = nn.Linear(preterminals, width)
         # Probabilities over many preterminals are small; this gives the layer's input unit scale.
         self.scale = preterminals**0.5
@@ -94,6 +106,8 @@ class SpanEncoder(nn.Module):
         lengths: Int[Tensor, "batch"],
     ) -> Float[Tensor, "batch ends features"]:
         """A vector for each boundary, such that a span is the difference of two of them."""
+        # Scaled so that as much is seen as without dropout.
+        words = self._hide(words) / (1 - self.symbol_dropout if self.training else 1)
         embedded = self.dropout(self.embedding(self.scale * words))
         packed = pack_padded_sequence(
             embedded, lengths.cpu(), batch_first=True, enforce_sorted=False
@@ -123,7 +137,7 @@ class SpanEncoder(nn.Module):
             index=index,
             spans=spans,
             words=single,
-            scores=self.score(spans),
+            scores=self._hide(self.score(spans)),
             flow=self.flow["span"](spans),
             backward=self.backward_score(spans).squeeze(-1),
             word_score=self.word_score(single).squeeze(-1),
@@ -132,3 +146,12 @@ class SpanEncoder(nn.Module):
 
     def _hidden(self, spans: Tensor) -> Tensor:
         return self.dropout(self.hidden(spans.relu()).relu())
+
+    def _hide(
+        self, values: Float[Tensor, "batch positions symbols"]
+    ) -> Float[Tensor, "batch positions symbols"]:
+        """0 for symbols that are hidden from a sentence."""
+        if not self.training or self.symbol_dropout == 0:
+            return values
+        seen = torch.rand_like(values[:, :1]) >= self.symbol_dropout
+        return values * seen

@@ -12,10 +12,11 @@ import torch
 from gfn.actions import Actions
 from gfn.env import DiscreteEnv
 from gfn.states import DiscreteStates, States
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from gfnem.tasks.grammar.potentials import Potentials
+from gfnem.tasks.grammar.messages import positive
+from gfnem.tasks.grammar.potentials import MergePotentials
 from gfnem.tasks.grammar.tree import Trees
 
 LATER = torch.iinfo(torch.long).max
@@ -31,14 +32,20 @@ class Forest:
 
     start, end: first word and one past the last word of the node.
     left, right: its children; -1 for a word. Kept with the messages alone.
-    message: probability of its words given its label, labels below summed (or, in labelled
-        forests, given the labels below), scaled to maximum 1; log_scale is the factor's logarithm.
-        In a labelled forest the message of a node that was made is one-hot.
+    message: probability of its words given its label and its context, labels below summed (or, in
+        labelled forests, given the labels below), scaled to maximum 1; log_scale is the factor's
+        logarithm. In a labelled forest a node that was made has but its own label.
     time: the number of merges before the one that closed the gap.
     made: the number of merges of each row, those behind the end among them.
     """
 
-    def __init__(self, potentials: Potentials, samples: int, labelled: bool, messages: bool = True):
+    def __init__(
+        self,
+        potentials: MergePotentials,
+        samples: int,
+        labelled: bool,
+        messages: bool = True,
+    ):
         """messages: whether to keep them; policies that do not look at the grammar need none."""
         batch, length = potentials.log_scale.shape
         device = potentials.log_scale.device
@@ -62,17 +69,15 @@ class Forest:
             return
         self.left = torch.full_like(self.start, -1)
         self.right = torch.full_like(self.start, -1)
-        largest = potentials.both.amax(-1, keepdim=True)
-        unit = torch.where(largest > 0, largest, 1.0)
-        nonterminals = potentials.root.shape[0]
-        self.message = potentials.both.new_zeros(batch, length, nonterminals)
-        self.message[:, :-1] = potentials.both / unit
-        self.log_scale = potentials.both.new_zeros(batch, length)
+        raw = potentials.two_words()
+        largest = raw.amax((-2, -1))
+        self.message = raw.new_zeros(batch, length, *raw.shape[2:])
+        self.message[:, :-1] = raw / positive(largest)[..., None, None]
+        self.log_scale = raw.new_zeros(batch, length)
         scale = potentials.log_scale
-        self.log_scale[:, :-1] = largest.squeeze(-1).log() + scale[:, :-1] + scale[:, 1:]
+        self.log_scale[:, :-1] = largest.log() + scale[:, :-1] + scale[:, 1:]
         self.message = self.message[self.sentence]
         self.log_scale = self.log_scale[self.sentence]
-        self._flat_rules = potentials.rules.reshape(nonterminals, -1).t()
 
     def begin_within(
         self,
@@ -121,10 +126,7 @@ class Forest:
         if label is not None:
             self.labels[rows, gap] = torch.where(final, -1, label)
         if label is not None and self._messages:
-            weight = self.message[rows, gap, label]
-            self.log_scale[rows, gap] += torch.where(final, 0.0, weight.log())
-            one_hot = torch.nn.functional.one_hot(label, self.message.shape[-1])
-            self.message[rows, gap] = one_hot.to(self.message.dtype)
+            self._choose(gap, label, final)
         self.made = self.made + 1
         before = torch.where(final | (start == 0), self.exit, start - 1)
         after = torch.where(final | (end >= self.lengths), self.exit, end - 1)
@@ -135,6 +137,28 @@ class Forest:
             self.left[rows, after] = gap
             self._send(gap, before, after)
         return before, after
+
+    def average_message(
+        self, row: Int[Tensor, "*nodes"], gap: Int[Tensor, "*nodes"]
+    ) -> Float[Tensor, "*nodes nonterminals"]:
+        """Messages of some gaps' nodes, averaged over contexts."""
+        return self.potentials.average(self.message[row, gap], self.whole(row, gap))
+
+    def whole(
+        self, row: Int[Tensor, "*nodes"], gap: Int[Tensor, "*nodes"]
+    ) -> Bool[Tensor, "*nodes"]:
+        """Whether some gaps' nodes are over all words."""
+        return (self.start[row, gap] == 0) & (self.end[row, gap] == self.lengths[row])
+
+    def _choose(self, gap: Tensor, label: Tensor, final: Tensor) -> None:
+        """Keep but one label of each row's node in a gap."""
+        rows = self.rows
+        kept = self.message[rows, gap, :, label]
+        largest = kept.amax(-1)
+        self.log_scale[rows, gap] += torch.where(final, 0.0, largest.log())
+        kept = torch.where(largest[:, None] > 0, kept / positive(largest)[:, None], 1.0)
+        only = torch.nn.functional.one_hot(label, self.message.shape[-1])
+        self.message[rows, gap] = kept[..., None] * only[:, None].to(kept.dtype)
 
     def _send(self, gap: Tensor, before: Tensor, after: Tensor) -> None:
         """Messages of the nodes that would be made in the gaps beside a new root."""
@@ -147,14 +171,11 @@ class Forest:
             row = (real & (child < 0)).nonzero().squeeze(1)
             if len(row):
                 at = side[row]
-                if side is before:
-                    rule = table.left[self.sentence[row], at]
-                    scale = table.log_scale[self.sentence[row], at]
-                else:
-                    rule = table.right[self.sentence[row], at + 1]
-                    scale = table.log_scale[self.sentence[row], at + 1]
-                raw = (rule @ new_message[row][..., None]).squeeze(-1)
-                self._write(row, at, raw, scale + self.log_scale[row, gap[row]])
+                sentence, word = self.sentence[row], at if side is before else at + 1
+                merge = table.word_on_left if side is before else table.word_on_right
+                raw = merge(sentence, word, new_message[row])
+                scale = table.log_scale[sentence, word] + self.log_scale[row, gap[row]]
+                self._write(row, at, raw, scale)
             row = (real & (child >= 0)).nonzero().squeeze(1)
             sibling = child[row]
             pair = (sibling, gap[row]) if side is before else (gap[row], sibling)
@@ -165,14 +186,14 @@ class Forest:
         row, at = torch.cat(inner_rows), torch.cat(inner_gap)
         if len(row):
             left, right = torch.cat(inner_left), torch.cat(inner_right)
-            outer = self.message[row, left][:, :, None] * self.message[row, right][:, None]
             scale = self.log_scale[row, left] + self.log_scale[row, right]
-            self._write(row, at, outer.flatten(1) @ self._flat_rules, scale)
+            raw = table.two_roots(self.message[row, left], self.message[row, right])
+            self._write(row, at, raw, scale)
 
     def _write(self, row: Tensor, gap: Tensor, raw: Tensor, scale: Tensor) -> None:
-        largest = raw.amax(-1, keepdim=True)
-        self.message[row, gap] = raw / torch.where(largest > 0, largest, 1.0)
-        self.log_scale[row, gap] = scale + largest.squeeze(-1).log()
+        largest = raw.amax((-2, -1))
+        self.message[row, gap] = raw / positive(largest)[:, None, None]
+        self.log_scale[row, gap] = scale + largest.log()
 
     def trees(self) -> Trees:
         """The finished trees, labelled in labelled forests."""

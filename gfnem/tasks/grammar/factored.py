@@ -9,7 +9,8 @@ an index for both children is ever needed; words are children like any other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +21,7 @@ from gfnem.tasks.grammar.annotated import (
     AnnotatedGrammar,
     AveragedRules,
     ContextPotentials,
+    mean_log_word,
     mean_preterminal,
 )
 
@@ -69,6 +71,7 @@ class LowRankGrammar(AnnotatedGrammar):
             word_right=of_words(word_right),
             preterminal=mean_preterminal(emission),
             log_scale=log_scale,
+            log_word=mean_log_word(emission, log_scale),
             lengths=lengths,
         )
 
@@ -81,9 +84,10 @@ class FactoredPotentials(ContextPotentials):
     left, right: p(B | r) and p(C | r) of nonterminals.
     word_left: sum over T of p(T | r) p(T -> w_i | T, A), word i the left child; indexed [i, A, r].
     word_right: the same with word i the right child.
-    root, preterminal, log_scale, lengths: see `ContextPotentials`.
+    root, preterminal, log_scale, log_word, lengths: see `ContextPotentials`.
     """
 
+    of_grammar: ClassVar[set[str]] = {"root", "mixture", "left", "right"}
     root: Float[Tensor, "nonterminals"]
     mixture: Float[Tensor, "nonterminals contexts rank"]
     left: Float[Tensor, "rank nonterminals"]
@@ -92,15 +96,34 @@ class FactoredPotentials(ContextPotentials):
     word_right: Float[Tensor, "batch length nonterminals rank"]
     preterminal: Float[Tensor, "batch length preterminals"]
     log_scale: Float[Tensor, "batch length"]
+    log_word: Float[Tensor, "batch length"]
     lengths: Int[Tensor, "batch"]
 
     @property
     def contexts(self) -> int:
         return self.mixture.shape[1]
 
-    def detach(self) -> FactoredPotentials:
-        tables = ("root", "mixture", "left", "right", "word_left", "word_right", "preterminal")
-        return replace(self, **{name: getattr(self, name).detach() for name in tables})
+    def two_words(self) -> Float[Tensor, "batch gaps contexts nonterminals"]:
+        products = self.word_left[:, :-1] * self.word_right[:, 1:]
+        return self._messages(products.flatten(0, 1)).unflatten(0, products.shape[:2])
+
+    def word_on_left(self, sentence: Tensor, word: Tensor, right: Tensor) -> Tensor:
+        # The label of the merged root is the other one's context, which S never is.
+        on_right = right[:, :-1] @ self.right.t()
+        return self._messages(self.word_left[sentence, word] * on_right)
+
+    def word_on_right(self, sentence: Tensor, word: Tensor, left: Tensor) -> Tensor:
+        on_left = left[:, :-1] @ self.left.t()
+        return self._messages(on_left * self.word_right[sentence, word])
+
+    def two_roots(self, left: Tensor, right: Tensor) -> Tensor:
+        return self._messages((left[:, :-1] @ self.left.t()) * (right[:, :-1] @ self.right.t()))
+
+    def _messages(
+        self, products: Float[Tensor, "nodes nonterminals rank"]
+    ) -> Float[Tensor, "nodes contexts nonterminals"]:
+        """Of the products of two children's vectors."""
+        return torch.bmm(products.transpose(0, 1), self.mixture.mT).permute(1, 2, 0)
 
     def inner_rules(self, label: Tensor, context: Tensor) -> Tensor:
         return (self.mixture[label, context][:, None] * self.left.t()) @ self.right
@@ -118,10 +141,6 @@ class FactoredPotentials(ContextPotentials):
         return (self.mixture[label, context] * self.word_right[sentence, position, label]) @ (
             self.left
         )
-
-    def word_pairs(self) -> Tensor:
-        pairs = self.word_left[:, :-1] * self.word_right[:, 1:]
-        return torch.einsum("niar,apr->niap", pairs, self.mixture)
 
     def rule_probabilities(
         self,

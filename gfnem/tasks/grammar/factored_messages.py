@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gfnem.categorical import sample_categorical
+from gfnem.tasks.grammar.annotated_messages import shape_scores
 from gfnem.tasks.grammar.factored import FactoredPotentials
 from gfnem.tasks.grammar.messages import Levels, positive
 from gfnem.tasks.grammar.tree import Trees
@@ -35,6 +36,15 @@ def log_joint_shape(potentials: FactoredPotentials, trees: Trees) -> Float[Tenso
         p.root, p.mixture, p.left, p.right, p.word_left, p.word_right, _Nodes.of(trees)
     )
     return value.view(trees.start.shape[:2]) + potentials.total_log_scale[:, None]
+
+
+def inside_scores(
+    potentials: FactoredPotentials, trees: Trees
+) -> tuple[Float[Tensor, "batch samples nodes"], Float[Tensor, "batch samples"]]:
+    """As in `annotated_messages`."""
+    p, nodes = potentials, _Nodes.of(trees)
+    up = _upward(nodes, p.mixture, p.left, p.right, p.word_left, p.word_right)
+    return shape_scores(p, trees, nodes.levels, up.message.transpose(0, 1), up.log_scale)
 
 
 def sample_labels(

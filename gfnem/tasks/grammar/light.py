@@ -2,7 +2,8 @@
 
 The embedding of a new root is composed of its children's and the encoder's view of its span. A
 merge has as logit what the grammar says of it, by how much log sum_A in_v[A] rises, plus a small
-network's correction that starts at zero.
+network's correction that starts at zero. Where rules see the parent, in_v[A] is a mean over what
+may stand above v.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class _LightScores(ActionScores):
             [self.embedding[row, left], self.embedding[row, right], self._span(row, gap)], -1
         )
         correction = self.policy.correction(self.policy.judge(features).relu())
-        message = forest.message[row, gap].clamp(min=1e-30).log()
+        message = forest.average_message(row, gap).clamp(min=1e-30).log()
         if not forest.labelled:
             message = message.logsumexp(-1, keepdim=True)
         size = (forest.end[row, gap] - forest.start[row, gap] - 1).clamp(min=1)
@@ -103,7 +104,7 @@ class _LightScores(ActionScores):
         made = (self.policy.compose(features) + self.policy.label(label)).tanh()
         at = self.length + gap
         self.embedding = self.embedding.index_put((rows, at), made)
-        total = forest.message[rows, gap].sum(-1).clamp(min=1e-30).log()
+        total = forest.average_message(rows, gap).sum(-1).clamp(min=1e-30).log()
         self.fixed[rows, at] = (total + forest.log_scale[rows, gap]).clamp(min=LOG_ZERO)
         row, sides = rows.repeat(2), torch.cat([before, after])
         self.gap_logits = self.gap_logits.index_put((row, sides), self._judged(row, sides))

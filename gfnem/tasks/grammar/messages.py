@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gfnem.categorical import sample_categorical
 from gfnem.tasks.grammar.annotated import AnnotatedPotentials, ContextPotentials
-from gfnem.tasks.grammar.potentials import Potentials
+from gfnem.tasks.grammar.potentials import MergePotentials, Potentials
 from gfnem.tasks.grammar.tree import Trees
 
 LEAVES, WORD_LEFT, WORD_RIGHT, INNER = range(4)
@@ -99,6 +99,14 @@ class Levels:
             if this == kind
         ]
         return torch.cat(parts) if parts else self.row.new_zeros(0)
+
+    def by_gap(
+        self, values: Float[Tensor, "total"], trees: Trees
+    ) -> Float[Tensor, "batch samples nodes"]:
+        """Values of the nodes of these trees where their gaps are; 0 for no node."""
+        flat = values.new_zeros(trees.start.numel())
+        flat[self.row * trees.start.shape[-1] + self.gap] = values
+        return flat.view_as(trees.start)
 
 
 def _word_left(levels: Levels, table: Tensor, chosen: slice) -> Tensor:
@@ -299,28 +307,34 @@ def inside_scores(
     The former is log sum over A of p(words under the node, shape below it | A) for shapes and
     log p(words, labels below | the node's label) for labelled trees.
     """
-    word = torch.arange(potentials.log_scale.shape[1], device=trees.start.device)
-    below = (word >= trees.start[..., None]) & (word < trees.end[..., None])
-    words = (below * potentials.log_scale[:, None, None]).sum(-1)
+    words = scales_under(potentials, trees)
     if trees.labels is not None:
         rules = rule_scores(potentials, trees)
-        inside = (trees.start[..., None, :] >= trees.start[..., None]) & (
-            trees.end[..., None, :] <= trees.end[..., None]
-        )
-        inside &= trees.exists[..., None, :]
-        scores = torch.where(inside, rules[..., None, :], 0.0).sum(-1) + words
+        scores = torch.where(under(trees), rules[..., None, :], 0.0).sum(-1) + words
         top = scores.gather(-1, trees.sizes.argmax(-1, keepdim=True)).squeeze(-1)
         return scores, top + root_score(potentials, trees)
     levels = Levels.of(trees)
     message, _, log_scale = _upward(
         levels, potentials.rules, potentials.left, potentials.right, potentials.both
     )
-    nodes = trees.start.shape[-1]
-    flat = log_scale.new_zeros(words.numel())
-    flat[levels.row * nodes + levels.gap] = message.sum(-1).log() + log_scale
+    nodes = levels.by_gap(message.sum(-1).log() + log_scale, trees)
     root = (message[levels.root] @ potentials.root).log() + log_scale[levels.root]
-    scores = flat.view_as(words) + words
-    return scores, root.view(words.shape[:2]) + potentials.total_log_scale[:, None]
+    return nodes + words, root.view(words.shape[:2]) + potentials.total_log_scale[:, None]
+
+
+def scales_under(potentials: MergePotentials, trees: Trees) -> Float[Tensor, "batch samples nodes"]:
+    """The sum of the scales of the words under each node."""
+    word = torch.arange(potentials.log_scale.shape[1], device=trees.start.device)
+    below = (word >= trees.start[..., None]) & (word < trees.end[..., None])
+    return (below * potentials.log_scale[:, None, None]).sum(-1)
+
+
+def under(trees: Trees) -> Bool[Tensor, "batch samples nodes nodes"]:
+    """Which nodes, along the last axis, lie under each node; a node lies under itself."""
+    inside = (trees.start[..., None, :] >= trees.start[..., None]) & (
+        trees.end[..., None, :] <= trees.end[..., None]
+    )
+    return inside & trees.exists[..., None, :]
 
 
 def sample_labels(

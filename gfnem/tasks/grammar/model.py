@@ -16,7 +16,12 @@ from gfnem.posteriors.importance import PriorModel
 from gfnem.tasks.grammar import inside
 from gfnem.tasks.grammar.data import Sentences
 from gfnem.tasks.grammar.derive import Rules, draw_sentences
-from gfnem.tasks.grammar.messages import log_joint_labelled, log_joint_shape, sample_labels
+from gfnem.tasks.grammar.messages import (
+    inside_scores,
+    log_joint_labelled,
+    log_joint_shape,
+    sample_labels,
+)
 from gfnem.tasks.grammar.potentials import Grammar, Potentials
 from gfnem.tasks.grammar.tree import Trees
 
@@ -73,6 +78,15 @@ class GrammarModel(TractableModel):
         """log p(x, z) of the sentences that the potentials were made for."""
 
     @abstractmethod
+    def inside_scores(
+        self, potentials: Any, z: Trees
+    ) -> tuple[Float[Tensor, "batch samples nodes"], Float[Tensor, "batch samples"]]:
+        """The part of log p(x, z) that is known of the words under each node, and log p(x, z).
+
+        Neither has gradients.
+        """
+
+    @abstractmethod
     def sample_labels(self, potentials: Any, z: Trees) -> Trees:
         """The same trees with nonterminals drawn from the exact p(labels | shape, x)."""
 
@@ -99,6 +113,12 @@ class ParsingModel(GrammarModel, PriorModel):
         if z.labels is None:
             return log_joint_shape(potentials, z)
         return log_joint_labelled(potentials, z)
+
+    @torch.no_grad()
+    def inside_scores(
+        self, potentials: Potentials, z: Trees
+    ) -> tuple[Float[Tensor, "batch samples nodes"], Float[Tensor, "batch samples"]]:
+        return inside_scores(potentials, z)
 
     def log_likelihood(self, x: Sentences) -> Float[Tensor, "batch"]:
         return inside.log_partition(self.potentials(x))

@@ -82,6 +82,14 @@ class AnnotatedModel(GrammarModel):
             return annotated_messages.log_joint_labelled(potentials, z)
         return _messages(potentials).log_joint_shape(potentials, z)
 
+    @torch.no_grad()
+    def inside_scores(
+        self, potentials: ContextPotentials, z: Trees
+    ) -> tuple[Float[Tensor, "batch samples nodes"], Float[Tensor, "batch samples"]]:
+        if z.labels is not None:
+            return annotated_messages.labelled_scores(potentials, z)
+        return _messages(potentials).inside_scores(potentials, z)
+
     def log_likelihood(self, x: Sentences) -> Float[Tensor, "batch"] | None:
         if not self.tractable:
             return None
@@ -97,8 +105,11 @@ class AnnotatedModel(GrammarModel):
         potentials = self.potentials(x)
         return _inside(potentials).span_marginals(potentials)
 
-    def inside_scores(self, potentials: ContextPotentials) -> tuple[SpanTable, SpanTable]:
-        """Of all spans of at least two words, [context, label], and their logarithmic scales."""
+    def chart(self, potentials: ContextPotentials) -> tuple[SpanTable, SpanTable]:
+        """Inside scores of all spans, [context, label], and their logarithmic scales.
+
+        Without gradients; both are 0 for single words.
+        """
         return _inside(potentials).inside_scores(potentials)
 
     @torch.no_grad()

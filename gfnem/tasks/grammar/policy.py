@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import permutations
 from typing import Literal
@@ -18,14 +18,13 @@ from gfnem.errors import UserError
 from gfnem.model import LatentVariableModel
 from gfnem.objectives import ScoredTrajectories
 from gfnem.posterior import LatentTable
-from gfnem.posteriors.gflownet import ON_POLICY, Behaviour, Paths, Policy
+from gfnem.posteriors.gflownet import ON_POLICY, Behaviour, NumberedPolicy, Paths
 from gfnem.tasks.grammar.data import Sentences
 from gfnem.tasks.grammar.encoder import SpanEncoder, SpanEncoding
 from gfnem.tasks.grammar.env import LATER, Forest, ForestEnv, parents_time
 from gfnem.tasks.grammar.estimators import ForestEstimator
-from gfnem.tasks.grammar.messages import inside_scores
-from gfnem.tasks.grammar.model import ParsingModel
-from gfnem.tasks.grammar.potentials import Potentials
+from gfnem.tasks.grammar.model import GrammarModel
+from gfnem.tasks.grammar.potentials import MergePotentials
 from gfnem.tasks.grammar.tree import Trees
 
 Latent = Literal["shape", "labelled"]
@@ -41,12 +40,13 @@ LOG_ZERO = -1e4
 class ForestCondition:
     """A batch of sentences as policies see it.
 
-    potentials: what the grammar says of the words, without gradients.
+    potentials: what the model's grammar says of the words, without gradients.
     encode: the policy's encoder; it runs when something is first asked of it.
     """
 
+    model: GrammarModel
     sentences: Sentences
-    potentials: Potentials
+    potentials: MergePotentials
     encode: Callable[[], SpanEncoding]
 
     @cached_property
@@ -60,24 +60,11 @@ class ForestCondition:
 
     def select(self, rows: Int[Tensor, "rows"]) -> ForestCondition:
         """The same of chosen sentences, which may repeat."""
-        sentences, potentials = self.sentences, self.potentials
+        sentences = self.sentences
         return ForestCondition(
+            self.model,
             Sentences(sentences.words[rows], sentences.lengths[rows], sentences.ids[rows]),
-            replace(
-                potentials,
-                **{
-                    name: getattr(potentials, name)[rows]
-                    for name in (
-                        "left",
-                        "right",
-                        "both",
-                        "log_scale",
-                        "log_word",
-                        "preterminal",
-                        "lengths",
-                    )
-                },
-            ),
+            self.potentials.select(rows),
             lambda: self.encoding.select(rows),
         )
 
@@ -139,7 +126,7 @@ class ScoresAtOnce(ActionScores):
         """log P_F of each merge, differentiable; 0 for exits."""
 
 
-class ForestPolicy(Policy):
+class ForestPolicy(NumberedPolicy):
     """What all policies over forests share: rollouts, P_B, flows and torchgfn's view of them.
 
     latent: "shape" for unlabelled trees, whose actions are gaps, or "labelled" for trees with
@@ -149,6 +136,7 @@ class ForestPolicy(Policy):
     max_length: the longest sentence in words.
     width: of the encoder's layers.
     dropout: in the encoder, in training.
+    symbol_dropout: of the grammar's symbols, for the encoder, in training; see `SpanEncoder`.
     """
 
     def __init__(
@@ -160,6 +148,7 @@ class ForestPolicy(Policy):
         backward: Literal["uniform", "learned"] = "uniform",
         width: int = 128,
         dropout: float = 0.0,
+        symbol_dropout: float = 0.0,
     ):
         super().__init__()
         if latent not in ("shape", "labelled"):
@@ -170,7 +159,7 @@ class ForestPolicy(Policy):
         self.latent = latent
         self.backward = backward
         self.encoder = SpanEncoder(
-            preterminals, nonterminals, self.symbols, max_length, width, dropout
+            preterminals, nonterminals, self.symbols, max_length, width, dropout, symbol_dropout
         )
         self.last_condition: ForestCondition | None = None
         self._envs: dict[tuple[int, str], ForestEnv] = {}
@@ -194,13 +183,13 @@ class ForestPolicy(Policy):
         """Start scoring the actions of a rollout."""
 
     def check(self, model: LatentVariableModel) -> None:
-        if not isinstance(model, ParsingModel):
+        if not isinstance(model, GrammarModel):
             raise UserError(
-                f"{type(self).__name__} merges by what a context-free grammar says, which "
-                f"{type(model).__name__} is not: use policy=chart or posterior=exact"
+                f"{type(self).__name__} builds the trees of a grammar, which "
+                f"{type(model).__name__} is not: use a policy of the model's own task"
             )
 
-    def condition(self, model: ParsingModel, x: Sentences) -> ForestCondition:
+    def condition(self, model: GrammarModel, x: Sentences) -> ForestCondition:
         with torch.no_grad():
             potentials = model.potentials(x)
         gradients = torch.is_grad_enabled()
@@ -210,7 +199,7 @@ class ForestPolicy(Policy):
             with torch.set_grad_enabled(gradients):
                 return self.encoder(potentials.preterminal, x.lengths)
 
-        self.last_condition = ForestCondition(x, potentials, encode)
+        self.last_condition = ForestCondition(model, x, potentials, encode)
         return self.last_condition
 
     def estimators(self) -> tuple[ForestEstimator, ForestEstimator]:
@@ -228,6 +217,14 @@ class ForestPolicy(Policy):
         merges = self._orders(condition, z)
         keep = torch.full_like(merges.gaps[:, 0], merges.gaps.shape[1])
         return self._roll(condition, z.start.shape[1], forced=merges, keep=keep)
+
+    def numbers(self, z: Trees) -> Int[Tensor, "batch samples numbers"]:
+        return z.numbers
+
+    def from_numbers(
+        self, condition: ForestCondition, numbers: Int[Tensor, "batch samples numbers"]
+    ) -> Trees:
+        return Trees.from_numbers(numbers, condition.lengths, self.labelled)
 
     @torch.no_grad()
     def tabulate(self, condition: ForestCondition) -> LatentTable:
@@ -346,8 +343,7 @@ class ForestPolicy(Policy):
         score_from: Int[Tensor, "rows"] | None = None,
     ) -> Paths:
         """All there is to say of trajectories whose log P_F is known."""
-        with torch.no_grad():
-            node_scores, log_joint = inside_scores(condition.potentials, trees)
+        node_scores, log_joint = condition.model.inside_scores(condition.potentials, trees)
         samples = trees.start.shape[1]
         backward = self._log_backward(condition, trees, merges)
         if score_from is not None:

@@ -7,10 +7,13 @@ word as left child, as right child or as both, looked up by position.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any, ClassVar, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -36,9 +39,91 @@ class Grammar:
         return self.emission.shape[0]
 
 
+Same = TypeVar("Same", bound="MergePotentials")
+
+
+class MergePotentials(ABC):
+    """What forests ask of a grammar with the words of a batch of sentences summed in.
+
+    A root's message m[P, A] is the probability of its words given its label A and the context P
+    that A's rules see beside it. Contexts are the labels that may stand above, then S; rules that
+    see nothing have one context for all.
+
+    of_grammar: names of what is there once for all sentences.
+    root, log_scale, log_word, preterminal, lengths: as in `Potentials`.
+    """
+
+    of_grammar: ClassVar[set[str]] = {"root", "rules"}
+    root: Float[Tensor, "nonterminals"]
+    log_scale: Float[Tensor, "batch length"]
+    log_word: Float[Tensor, "batch length"]
+    preterminal: Float[Tensor, "batch length preterminals"]
+    lengths: Int[Tensor, "batch"]
+
+    @property
+    def total_log_scale(self) -> Float[Tensor, "batch"]:
+        """The sum of log_scale over each sentence's words."""
+        position = torch.arange(self.log_scale.shape[1], device=self.lengths.device)
+        return (self.log_scale * (position < self.lengths[:, None])).sum(-1)
+
+    def select(self: Same, rows: Int[Tensor, "rows"]) -> Same:
+        """The same of chosen sentences, which may repeat."""
+        this: Any = self
+        of_words = {f.name for f in fields(this)} - self.of_grammar
+        return replace(this, **{name: getattr(this, name)[rows] for name in of_words})
+
+    @property
+    @abstractmethod
+    def contexts(self) -> int:
+        """How many contexts there are."""
+
+    @abstractmethod
+    def two_words(self) -> Float[Tensor, "batch gaps contexts nonterminals"]:
+        """Messages over the two words beside each gap, up to the words' scales."""
+
+    @abstractmethod
+    def word_on_left(
+        self,
+        sentence: Int[Tensor, "nodes"],
+        word: Int[Tensor, "nodes"],
+        right: Float[Tensor, "nodes contexts nonterminals"],
+    ) -> Float[Tensor, "nodes contexts nonterminals"]:
+        """Messages of merges of a word and a root on its right, up to the word's scale."""
+
+    @abstractmethod
+    def word_on_right(
+        self,
+        sentence: Int[Tensor, "nodes"],
+        word: Int[Tensor, "nodes"],
+        left: Float[Tensor, "nodes contexts nonterminals"],
+    ) -> Float[Tensor, "nodes contexts nonterminals"]:
+        """Messages of merges of a root and a word on its right, up to the word's scale."""
+
+    @abstractmethod
+    def two_roots(
+        self,
+        left: Float[Tensor, "nodes contexts nonterminals"],
+        right: Float[Tensor, "nodes contexts nonterminals"],
+    ) -> Float[Tensor, "nodes contexts nonterminals"]:
+        """Messages of merges of two roots."""
+
+    @abstractmethod
+    def average(
+        self,
+        message: Float[Tensor, "*nodes contexts nonterminals"],
+        whole: Bool[Tensor, "*nodes"],
+        weights: Float[Tensor, "*nodes nonterminals"] | None = None,
+    ) -> Float[Tensor, "*nodes nonterminals"]:
+        """Messages averaged over contexts.
+
+        whole: whether the words are all of the sentence, above which there is but S.
+        weights: of the labels that may stand above, summing to 1; None for equal ones.
+        """
+
+
 @dataclass(frozen=True)
-class Potentials:
-    """What a grammar says of the words of a batch of sentences, as probabilities.
+class Potentials(MergePotentials):
+    """What a context-free grammar says of the words of a batch of sentences, as probabilities.
 
     root: p(S -> A).
     rules: p(A -> B C), both children nonterminals.
@@ -92,7 +177,25 @@ class Potentials:
         )
 
     @property
-    def total_log_scale(self) -> Float[Tensor, "batch"]:
-        """The sum of log_scale over each sentence's words."""
-        position = torch.arange(self.log_scale.shape[1], device=self.lengths.device)
-        return (self.log_scale * (position < self.lengths[:, None])).sum(-1)
+    def contexts(self) -> int:
+        return 1
+
+    def two_words(self) -> Float[Tensor, "batch gaps 1 nonterminals"]:
+        return self.both[..., None, :]
+
+    def word_on_left(self, sentence: Tensor, word: Tensor, right: Tensor) -> Tensor:
+        return (self.left[sentence, word] @ right.mT).mT
+
+    def word_on_right(self, sentence: Tensor, word: Tensor, left: Tensor) -> Tensor:
+        return (self.right[sentence, word] @ left.mT).mT
+
+    @cached_property
+    def _pairs_to_labels(self) -> Float[Tensor, "pairs nonterminals"]:
+        return self.rules.flatten(1).t()
+
+    def two_roots(self, left: Tensor, right: Tensor) -> Tensor:
+        return (left.mT * right).flatten(1)[:, None] @ self._pairs_to_labels
+
+    def average(self, message: Tensor, whole: Tensor, weights: Tensor | None = None) -> Tensor:
+        # Of one context.
+        return message.squeeze(-2)

@@ -4,14 +4,20 @@ A root v over words i, ..., j - 1 has flow g(v) = log sum_A exp(o(i, j, A)) in_v
 the grammar's own messages and o comes from one encoder pass. Merging l and r into v has the logit
 g(v) - g(l) - g(r) + log size(v), the change of log flow plus the logit of the order-uniform P_B.
 No network runs along a trajectory, and the policy follows every M-step at once.
+
+Where rules see the parent, in_v[A] = sum_P w(i, j, P) in_v[A | P]: what may stand above the root
+has weights from the same encoder pass, equal ones to begin with. Above the whole sentence is S.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from gfnem.tasks.grammar.encoder import zero_linear
 from gfnem.tasks.grammar.env import Forest
 from gfnem.tasks.grammar.policy import (
     LOG_ZERO,
@@ -23,15 +29,27 @@ from gfnem.tasks.grammar.policy import (
 
 
 class RootFlowPolicy(ForestPolicy):
-    """See the module's description.
+    """See the module's description; takes the arguments of `ForestPolicy`.
 
     Its span scores o(0, n, A) are not learned: the whole sentence's flow is p(x, z) itself.
     """
 
     scores_at_once = True
 
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.above = zero_linear(self.encoder.hidden.out_features, self.nonterminals)
+
     def scores(self, condition: ForestCondition, forest: Forest) -> ScoresAtOnce:
-        return _RootFlowScores(condition, forest)
+        return _RootFlowScores(self, condition, forest)
+
+    def weights_above(
+        self, condition: ForestCondition
+    ) -> Float[Tensor, "batch spans nonterminals"] | None:
+        """Of what may stand above each span; None where rules do not see it."""
+        if condition.potentials.contexts == 1:
+            return None
+        return self.above(condition.encoding.spans).softmax(-1)
 
 
 class _RootFlowScores(ScoresAtOnce):
@@ -41,14 +59,15 @@ class _RootFlowScores(ScoresAtOnce):
     gradient pass scores all candidates of all rows in one go.
     """
 
-    def __init__(self, condition: ForestCondition, forest: Forest):
+    def __init__(self, policy: RootFlowPolicy, condition: ForestCondition, forest: Forest):
         super().__init__(condition, forest)
+        self.policy = policy
+        self.weights = policy.weights_above(condition)
         rows, slots = forest.start.shape
         self.length = slots
         steps = forest.steps
         device = forest.rows.device
         candidates = slots + 2 * steps
-        nonterminals = forest.message.shape[-1]
         self.candidate = torch.arange(slots, device=device).repeat(rows, 1)
         self.made = slots
         self.start = torch.zeros(rows, candidates, dtype=torch.long, device=device)
@@ -56,7 +75,8 @@ class _RootFlowScores(ScoresAtOnce):
         self.left = torch.zeros_like(self.start)
         self.right = torch.zeros_like(self.start)
         self.labels = torch.zeros_like(self.start)
-        self.log_message = forest.message.new_zeros(rows, candidates, nonterminals)
+        self.message = forest.message.new_zeros(rows, candidates, *forest.message.shape[2:])
+        self.log_scale = forest.log_scale.new_zeros(rows, candidates)
         self.seen: list[Tensor] = []
         self.value = forest.log_scale.new_zeros(rows, slots + candidates)
         word = condition.potentials.log_word + condition.encoding.word_score.detach()
@@ -80,27 +100,43 @@ class _RootFlowScores(ScoresAtOnce):
         end = torch.where(real, end, start + 2).clamp(max=self.length)
         start = torch.minimum(start, end - 2)
         right = right.clamp(max=self.value.shape[1] - 1)
-        log_message = forest.message[rows, gap].clamp(min=1e-30).log()
-        scale = forest.log_scale[rows, gap].clamp(min=LOG_ZERO)
-        log_message = torch.where(real[:, None], log_message + scale[:, None], 0.0)
         self.start[rows, candidate], self.end[rows, candidate] = start, end
         self.left[rows, candidate], self.right[rows, candidate] = left, right
-        self.log_message[rows, candidate] = log_message
+        self.message[rows, candidate] = forest.message[rows, gap]
+        self.log_scale[rows, candidate] = forest.log_scale[rows, gap].clamp(min=LOG_ZERO)
         self.candidate[rows, gap] = candidate
-        label = self._span_scores(rows, start, end).detach() + log_message
+        label = self._label_scores(rows, candidate)
         self.value[rows, self.length + candidate] = label.logsumexp(-1)
         size = (end - start - 1).to(label.dtype)
         below = self.value[rows, left] + self.value[rows, right]
         self.label_logit[rows, gap] = label + (size.log() - below)[:, None]
 
-    def _span_scores(
-        self, rows: Int[Tensor, "#*spans"], start: Int[Tensor, "*spans"], end: Int[Tensor, "*spans"]
-    ) -> Float[Tensor, "*spans nonterminals"]:
-        encoding, forest = self.condition.encoding, self.forest
-        scores = encoding.scores[forest.sentence[rows], encoding.index[start, end]]
-        whole = (start == 0) & (end == forest.lengths[rows])
-        root = self.condition.potentials.root.clamp(min=1e-30).log()
-        return torch.where(whole[..., None], root, scores)
+    def _label_scores(
+        self, rows: Int[Tensor, "nodes"], candidate: Int[Tensor, "nodes"]
+    ) -> Float[Tensor, "nodes nonterminals"]:
+        """log flow of some candidates under each label, without gradients."""
+        at = rows, candidate
+        start, end, message, log_scale = (
+            field[at] for field in (self.start, self.end, self.message, self.log_scale)
+        )
+        return self._log_flow(rows, start, end, message, log_scale, self.weights).detach()
+
+    def _log_flow(
+        self,
+        rows: Int[Tensor, "#*nodes"],
+        start: Int[Tensor, "*nodes"],
+        end: Int[Tensor, "*nodes"],
+        message: Float[Tensor, "*nodes contexts nonterminals"],
+        log_scale: Float[Tensor, "*nodes"],
+        weights: Float[Tensor, "batch spans nonterminals"] | None,
+    ) -> Float[Tensor, "*nodes nonterminals"]:
+        encoding, potentials = self.condition.encoding, self.condition.potentials
+        at = self.forest.sentence[rows], encoding.index[start, end]
+        whole = (start == 0) & (end == self.forest.lengths[rows])
+        root = potentials.root.clamp(min=1e-30).log()
+        scores = torch.where(whole[..., None], root, encoding.scores[at])
+        message = potentials.average(message, whole, None if weights is None else weights[at])
+        return scores + message.clamp(min=1e-30).log() + log_scale[..., None]
 
     def logits(self, rows: Int[Tensor, "rows"] | None) -> Float[Tensor, "rows slots labels"]:
         logit = self.label_logit if rows is None else self.label_logit[rows]
@@ -112,9 +148,7 @@ class _RootFlowScores(ScoresAtOnce):
         if self.forest.labelled:
             candidate = self.candidate[rows, gap]
             self.labels[rows, candidate] = label
-            start, end = self.start[rows, candidate], self.end[rows, candidate]
-            chosen = self._span_scores(rows, start, end)
-            chosen = chosen.detach() + self.log_message[rows, candidate]
+            chosen = self._label_scores(rows, candidate)
             self.value[rows, self.length + candidate] = chosen[rows, label]
         made = torch.full_like(gap, self.made)
         self._score(rows.repeat(2), torch.cat([before, after]), torch.cat([made, made + 1]))
@@ -123,7 +157,14 @@ class _RootFlowScores(ScoresAtOnce):
     def log_forward(self, merges: Merges) -> Float[Tensor, "steps rows"]:
         forest, condition = self.forest, self.condition
         rows = forest.rows[:, None]
-        label = self._span_scores(rows, self.start, self.end) + self.log_message
+        label = self._log_flow(
+            rows,
+            self.start,
+            self.end,
+            self.message,
+            self.log_scale,
+            self.policy.weights_above(condition),
+        )
         total = label.logsumexp(-1)
         value = total
         if forest.labelled:

@@ -54,6 +54,19 @@ class Trees:
         return Trees(start * exists, end * exists, lengths)
 
     @staticmethod
+    def from_numbers(
+        numbers: Int[Tensor, "batch samples numbers"],
+        lengths: Int[Tensor, "batch"],
+        labelled: bool,
+    ) -> Trees:
+        """The trees of which `numbers` are told."""
+        per_node = numbers.unflatten(-1, (-1, 2 if labelled else 1))
+        trees = Trees.from_merge_times(per_node[..., 0], lengths)
+        if not labelled:
+            return trees
+        return replace(trees, labels=torch.where(trees.exists, per_node[..., 1], -1))
+
+    @staticmethod
     def left_branching(lengths: Int[Tensor, "batch"]) -> Trees:
         """One tree for each sentence, every right child a word."""
         times = torch.arange(int(lengths.max()) - 1, device=lengths.device)
@@ -83,6 +96,16 @@ class Trees:
     def sizes(self) -> Int[Tensor, "batch samples nodes"]:
         """Internal nodes under and including each node; 0 where there is no node."""
         return (self.end - self.start - 1).clamp(min=0)
+
+    @property
+    def numbers(self) -> Int[Tensor, "batch samples numbers"]:
+        """Node by node its size and, if it has one, its label: other trees have others.
+
+        Where the sentence has no node they are 0.
+        """
+        if self.labels is None:
+            return self.sizes
+        return torch.stack([self.sizes, self.labels.clamp(min=0)], -1).flatten(-2)
 
     def bottom_up(self) -> Int[Tensor, "batch samples nodes"]:
         """The nodes ordered so that children come before parents; missing nodes come last."""

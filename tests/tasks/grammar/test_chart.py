@@ -44,11 +44,10 @@ GUIDES = ("relaxation", "exact", "none")
 class FixedNCFG(AnnotatedModel):
     """A grammar whose parameters are the rules' log-probabilities themselves."""
 
-    nonterminals = NONTERMINALS
-
-    def __init__(self, latent: Any, seed: int = 0):
+    def __init__(self, latent: Any, seed: int = 0, nonterminals: int = NONTERMINALS):
         super().__init__()
-        grammar = annotated_oracle.random_grammar(NONTERMINALS, 3, seed=seed, temperature=0.5)
+        self.nonterminals = nonterminals
+        grammar = annotated_oracle.random_grammar(nonterminals, 3, seed=seed, temperature=0.5)
         self.root = nn.Parameter(grammar.root)
         self.binary = nn.Parameter(grammar.binary)
         self.emission = nn.Parameter(grammar.emission)
@@ -64,7 +63,7 @@ class FixedNCFG(AnnotatedModel):
 class FixedLowRankNCFG(FixedNCFG):
     """The same of rules of low rank."""
 
-    rank = 3
+    nonterminals, rank = NONTERMINALS, 3
 
     def __init__(self, latent: Any, seed: int = 0):
         AnnotatedModel.__init__(self)
@@ -92,9 +91,9 @@ def make_policy(latent: Any, guide: Any, noise: float = 0.3, seed: int = 0) -> C
     return policy
 
 
-def every_labelled(x: Sentences) -> Trees:
+def every_labelled(x: Sentences, nonterminals: int = NONTERMINALS) -> Trees:
     """All labelled trees of each sentence, repeated for the shorter ones."""
-    trees = [list(oracle.labelled_trees(n, NONTERMINALS)) for n in x.lengths.tolist()]
+    trees = [list(oracle.labelled_trees(n, nonterminals)) for n in x.lengths.tolist()]
     most = max(map(len, trees))
     return oracle.to_trees([(some * most)[:most] for some in trees], x.lengths)
 
@@ -179,37 +178,52 @@ def test_a_context_free_grammar_is_its_own_relaxation(latent, guide):
     torch.testing.assert_close((flows + partial)[0], log_likelihood.repeat_interleave(6))
 
 
-@pytest.mark.parametrize("latent", LATENTS)
-def test_the_rules_and_the_encoder_on_their_own_learn_a_context_free_posterior(latent):
-    torch.manual_seed(0)
-    model = FixedPCFG(oracle.random_grammar(NONTERMINALS, 3, seed=2), latent)
-    x = sentences([4])
-    policy = ChartPolicy(NONTERMINALS, 3, 8, latent, "none", width=32)
-    posterior = GFlowNetPosterior(policy, samples=16)
-    optimizer = torch.optim.Adam(policy.parameters(), 1e-2)
-    exact = oracle.posterior(
-        (oracle.enumerate_labelled if latent == "labelled" else oracle.enumerate_shapes)(
-            model.grammar(), words_of(x, 0)
-        )
-    )
-
-    def total_variation() -> float:
-        trees = every_labelled(x)
+def total_variation(
+    policy: ChartPolicy, model: Any, x: Sentences, exact: dict[Any, float]
+) -> float:
+    """Between q(z | x) and p(z | x) of one sentence; q of a shape sums over all labellings."""
+    trees = every_labelled(x, model.nonterminals)
+    with torch.no_grad():
         log_q = policy.log_forward(policy.condition(model, x), trees)[0].tolist()
-        q: dict[Any, float] = dict.fromkeys(exact, 0.0)
-        for tree, value in {oracle.tree_at(trees, 0, s): v for s, v in enumerate(log_q)}.items():
-            q[tree if latent == "labelled" else oracle.shape_of(tree)] += exp(value)
-        return sum(abs(q[z] - p) for z, p in exact.items()) / 2
+    q: dict[Any, float] = dict.fromkeys(exact, 0.0)
+    for tree, value in {oracle.tree_at(trees, 0, s): v for s, v in enumerate(log_q)}.items():
+        q[tree if policy.latent == "labelled" else oracle.shape_of(tree)] += exp(value)
+    return sum(abs(q[z] - p) for z, p in exact.items()) / 2
 
-    before = total_variation()
-    for _ in range(150):
+
+@pytest.mark.parametrize(
+    "kind, guide, latent, length, steps",
+    [
+        ("ncfg", "relaxation", "shape", 5, 150),
+        ("ncfg", "relaxation", "labelled", 5, 150),
+        ("ncfg", "none", "shape", 4, 300),
+        ("pcfg", "none", "shape", 4, 150),
+        ("pcfg", "none", "labelled", 4, 150),
+    ],
+)
+def test_training_finds_the_posterior(kind, guide, latent, length, steps):
+    torch.manual_seed(0)
+    x = sentences([length])
+    if kind == "ncfg":
+        model, of = FixedNCFG(latent, seed=1, nonterminals=3), annotated_oracle
+    else:
+        model, of = FixedPCFG(oracle.random_grammar(3, 3, seed=2), latent), oracle
+    enumerate_trees = of.enumerate_labelled if latent == "labelled" else of.enumerate_shapes
+    exact = oracle.posterior(enumerate_trees(model.grammar(), words_of(x, 0)))
+    policy = ChartPolicy(3, 3, 8, latent, guide, width=32)
+    posterior = GFlowNetPosterior(policy, samples=32)
+    optimizer = torch.optim.Adam(policy.parameters(), 1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    before = total_variation(policy, model, x, exact)
+    for _ in range(steps):
         loss = posterior.e_step(model, x).loss
         assert loss is not None
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
     assert before > 0.1
-    assert total_variation() < 0.05
+    assert total_variation(policy, model, x, exact) < 0.05
 
 
 @pytest.mark.parametrize("name", ["vargrad", "tb", "subtb", "fl_db"])
@@ -221,7 +235,7 @@ def test_with_an_exact_guide_every_balance_holds(latent, name):
     step = posterior.e_step(model, sentences([5, 5, 3, 2]))
     assert step.loss is not None and step.loss.item() == pytest.approx(0, abs=1e-18)
     with torch.no_grad():
-        policy.encoder.score.bias.add_(torch.randn(2 * NONTERMINALS))
+        policy.encoder.score.bias.add_(torch.randn(NONTERMINALS * (NONTERMINALS + 2)))
         policy.encoder.flow["span"].bias += torch.randn(NONTERMINALS)  # pyright: ignore
     off = posterior.e_step(model, sentences([5, 5, 3, 2])).loss
     assert off is not None and off.item() > 1e-3

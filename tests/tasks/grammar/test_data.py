@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,12 @@ from gfnem.errors import UserError
 from gfnem.tasks.grammar import data as data_module
 from gfnem.tasks.grammar.brackets import Reading, gold_spans, read_trees, tokenize
 from gfnem.tasks.grammar.data import (
+    SECTIONS_IN,
     GrammarData,
     Vocabulary,
     bracketed,
+    gum,
+    penn_treebank,
     text,
     toy_english,
     treebank,
@@ -340,6 +343,45 @@ def test_gum_is_read_completely(real_data: Path):
         assert set(part.left_out) <= {"of one word", "without words"}
 
 
+def test_gum_keeps_its_last_training_trees_for_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "gum").mkdir()
+    for name, numbers in (("train.ptb", range(10)), ("dev.ptb", range(10, 12))):
+        trees = "".join(f"(ROOT\n  (S (NN sentence) (CD {n})))\n\n" for n in numbers)
+        write(tmp_path / "gum", name, trees)
+    monkeypatch.setenv("GFNEM_DATA", str(tmp_path))
+    for data in (gum(valid_fraction=0.3), gum(dir=str(tmp_path / "gum"), valid_fraction=0.3)):
+        numbers = [
+            [int(words[1]) for words in corpus.sentences]
+            for corpus in (data.train, data.valid, data.test)
+        ]
+        assert numbers == [list(range(7)), [7, 8, 9], [10, 11]]
+
+
+def write_sections(folder: Path, numbers: Iterable[int]) -> None:
+    """A sentence for each section, whose second word is the section's number."""
+    for number in numbers:
+        section = folder / f"{number:02}"
+        section.mkdir(parents=True)
+        tree = f"( (S (NN section) (CD {number}) ($ $) (. .)) )"
+        (section / f"WSJ_{number:02}01.MRG").write_text(tree)
+
+
+@pytest.mark.parametrize("place", SECTIONS_IN)
+def test_sections_of_the_penn_treebank(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_sections(tmp_path / "ptb" / place, range(25))
+    data = penn_treebank(dir=str(tmp_path / "ptb"))
+    numbers = [
+        [int(words[1]) for words in corpus.sentences]
+        for corpus in (data.train, data.valid, data.test)
+    ]
+    assert numbers == [list(range(2, 22)), [22], [23]]
+    monkeypatch.setenv("GFNEM_DATA", str(tmp_path))
+    spoken = penn_treebank(keep_currency=True)
+    assert spoken.valid.sentences == [["section", "22", "$"]]
+
+
 # What cannot be used.
 
 
@@ -407,6 +449,40 @@ def test_a_treebank_that_is_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(UserError, match="is not in nowhere: get it with"):
         treebank(dir="nowhere")
     assert tried == ["treebank"]
+
+
+@pytest.mark.parametrize(("name", "read"), [("gum", gum), ("ptb", penn_treebank)])
+def test_data_of_the_user_that_is_not_there(
+    name: str, read: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("GFNEM_DATA", raising=False)
+    with pytest.raises(UserError, match=f"data={name} is not found: set data.dir to its folder, "):
+        read()
+    monkeypatch.setenv("GFNEM_DATA", str(tmp_path))
+    for options, folder in (({}, tmp_path / name), ({"dir": "nowhere"}, "nowhere")):
+        message = f"data={name} was looked for in {folder}, which is no folder: set data.dir"
+        with pytest.raises(UserError, match=f"^{message}$"):
+            read(**options)
+
+
+def test_folders_without_gum(tmp_path: Path):
+    with pytest.raises(UserError, match=f"^{tmp_path} has no train.ptb and no dev.ptb: put the"):
+        gum(dir=str(tmp_path))
+    write(tmp_path, "train.ptb", "(S (A a) (B b))")
+    with pytest.raises(UserError, match=f"^{tmp_path} has no dev.ptb: put the trees of GUM's"):
+        gum(dir=str(tmp_path))
+    with pytest.raises(UserError, match="valid_fraction is 1.0; it must lie between 0 and 1"):
+        gum(valid_fraction=1.0)
+
+
+def test_folders_without_sections(tmp_path: Path):
+    message = f"^{tmp_path} has no sections of the Penn Treebank, folders 02 to 23 .* set data.dir"
+    with pytest.raises(UserError, match=message):
+        penn_treebank(dir=str(tmp_path))
+    write_sections(tmp_path / "wsj", (*range(2, 7), *range(8, 22), 23))
+    message = f"^{tmp_path / 'wsj'} has no section 07, 22 of the Penn Treebank: each is a folder"
+    with pytest.raises(UserError, match=message):
+        penn_treebank(dir=str(tmp_path))
 
 
 def test_a_treebank_that_can_be_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

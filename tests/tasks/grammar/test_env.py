@@ -207,10 +207,10 @@ def test_messages_of_a_forest_are_those_of_enumeration(labelled):
                     top = (0, end - start, label) if labelled else (0, end - start)
                     tree = frozenset(under | {top})
                     if labelled and made >= 0 and label != made:
-                        assert value[label] == -torch.inf
+                        assert value[0, label] == -torch.inf
                         continue
                     expected = span_score(grammar, sentence[start:end], label, tree)
-                    assert value[label].item() == pytest.approx(expected, abs=1e-9)
+                    assert value[0, label].item() == pytest.approx(expected, abs=1e-9)
             complete = not legal[row, : len(sentence) - 1].any()
             assert legal[row, forest.exit] == complete
         gap = torch.multinomial(legal.double(), 1, generator=generator).squeeze(1)

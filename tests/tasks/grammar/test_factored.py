@@ -52,9 +52,9 @@ def random_labels(trees: Trees, nonterminals: int, seed: int = 0) -> Trees:
 def test_tables_are_those_of_the_dense_grammar():
     ours, theirs = both_kinds(seed=1)
     assert ours.contexts == theirs.contexts == 4
-    for name in ("root", "preterminal", "log_scale", "lengths", "total_log_scale"):
+    for name in ("root", "preterminal", "log_scale", "log_word", "lengths", "total_log_scale"):
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name))
-    torch.testing.assert_close(ours.word_pairs(), theirs.both)
+    torch.testing.assert_close(ours.two_words(), theirs.two_words())
     generator = torch.Generator().manual_seed(0)
     sentence, position, label, context = (
         torch.randint(size, (40,), generator=generator) for size in (5, 6, 3, 4)
@@ -65,6 +65,22 @@ def test_tables_are_those_of_the_dense_grammar():
     torch.testing.assert_close(ours.word_right_rules(*at), theirs.right[at])
     weight = torch.rand(3, 4, generator=generator, dtype=torch.float64)
     for one, other in zip(ours.averaged(weight), theirs.averaged(weight), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_merges_are_those_of_the_dense_grammar():
+    ours, theirs = (potentials.select(torch.tensor([2, 4, 2])) for potentials in both_kinds(seed=1))
+    assert ours.lengths.tolist() == [6, 5, 6]
+    generator = torch.Generator().manual_seed(0)
+    sentence, word = torch.randint(3, (20,), generator=generator), torch.arange(20) % 6
+    left, right = torch.rand(2, 20, 4, 3, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(ours.two_roots(left, right), theirs.two_roots(left, right))
+    for name in ("word_on_left", "word_on_right"):
+        one, other = (getattr(p, name)(sentence, word, left) for p in (ours, theirs))
+        torch.testing.assert_close(one, other)
+    weights = torch.rand(20, 3, generator=generator, dtype=torch.float64)
+    for given in (None, weights):
+        one, other = (p.average(left, word == 0, given) for p in (ours, theirs))
         torch.testing.assert_close(one, other)
 
 
@@ -95,6 +111,17 @@ def test_scores_of_labelled_trees_are_those_of_the_dense_grammar():
         rule_scores(ours, trees, above), rule_scores(theirs, trees, above), rtol=0, atol=1e-10
     )
     torch.testing.assert_close(log_joint_labelled(ours, trees), log_joint_labelled(theirs, trees))
+
+
+def test_scores_of_nodes_are_those_of_the_dense_grammar():
+    ours, theirs = both_kinds(seed=3)
+    trees = every_shape(ours.lengths)
+    for one, other in zip(
+        factored_messages.inside_scores(ours, trees),
+        annotated_messages.inside_scores(theirs, trees),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
 
 
 def test_log_partition_is_that_of_enumeration():

@@ -9,14 +9,13 @@ import torch
 
 from gfnem.errors import UserError
 from gfnem.posteriors.mcmc import MCMC
-from gfnem.tasks.grammar.annotated import DenseGrammar
 from gfnem.tasks.grammar.moves import Rotations
-from gfnem.tasks.grammar.ncfg import AnnotatedModel
 from gfnem.tasks.grammar.potentials import Grammar
 from tests.tasks.discrete_vae.tiny import make_model as make_vae
 from tests.tasks.grammar import annotated_oracle, oracle
 from tests.tasks.grammar.tiny import (
     LATENTS,
+    FixedNCFG,
     FixedPCFG,
     count_trees,
     enumerate_trees,
@@ -78,21 +77,15 @@ def test_chains_have_the_exact_posterior(latent):
         assert total_variation({tree: n / samples for tree, n in counts.items()}, p) < 0.02
 
 
-class FixedNCFG(AnnotatedModel):
-    def grammar(self) -> DenseGrammar:
-        return annotated_oracle.random_grammar(3, 3)
-
-    nonterminals = 3
-
-
 def test_rules_that_see_the_parent_are_no_obstacle():
-    model, x = FixedNCFG("labelled"), sentences([4, 3])
+    grammar, x = annotated_oracle.random_grammar(3, 3), sentences([4, 3])
+    model = FixedNCFG(grammar, "labelled")
     samples = 6_000
     torch.manual_seed(0)
     z = MCMC(Rotations(), samples, steps=5, burn_in=20).m_step_latents(model, x).z
     for row in range(len(x)):
         words = words_of(x, row)
-        p = oracle.posterior(annotated_oracle.enumerate_labelled(model.grammar(), words))
+        p = oracle.posterior(annotated_oracle.enumerate_labelled(grammar, words))
         assert p_value(count_trees(z, row), p) > 1e-3
 
 

@@ -11,7 +11,6 @@ import torch
 from gfnem.em import EM
 from gfnem.errors import UserError
 from gfnem.posteriors.exact import ExactPosterior
-from gfnem.posteriors.gflownet import GFlowNetPosterior
 from gfnem.tasks.grammar.annotated import DenseGrammar
 from gfnem.tasks.grammar.data import toy_english
 from gfnem.tasks.grammar.evaluate import parse
@@ -20,6 +19,7 @@ from gfnem.tasks.grammar.ncfg import NeuralNCFG
 from gfnem.tasks.grammar.tree import Trees
 from tests.tasks.grammar import annotated_oracle, oracle
 from tests.tasks.grammar.tiny import (
+    LATENTS,
     POLICIES,
     count_trees,
     every_shape,
@@ -146,10 +146,12 @@ def test_no_likelihood_of_many_nonterminals():
 
 
 @pytest.mark.parametrize("kind", POLICIES)
-def test_policies_over_forests_refuse_rules_that_see_the_parent(kind):
-    posterior = GFlowNetPosterior(make_policy(kind, "shape"))
-    with pytest.raises(UserError, match="a context-free grammar says, which NeuralNCFG is not"):
-        EM(neural_ncfg(), posterior, toy_english(train_sentences=10), m_steps=1)
+@pytest.mark.parametrize("latent", LATENTS)
+def test_forests_of_rules_of_low_rank_have_the_model_s_scores(kind, latent):
+    model = neural_ncfg(rank=3, nonterminals=3, preterminals=3, latent=latent)
+    policy, x = make_policy(kind, latent), sentences([5, 2, 4, 3], VOCABULARY)
+    paths = policy.sample(policy.condition(model, x), 4)
+    torch.testing.assert_close(paths.log_joint, model.log_joint(x, paths.z).detach())
 
 
 @pytest.mark.parametrize("rank", RANKS)

@@ -15,6 +15,7 @@ from gfnem.tasks.grammar.data import Sentences
 from gfnem.tasks.grammar.messages import inside_scores
 from gfnem.tasks.grammar.policy import ForestCondition, ForestPolicy
 from gfnem.tasks.grammar.tree import Trees
+from tests.tasks.discrete_vae.tiny import make_model as make_vae
 from tests.tasks.grammar import oracle
 from tests.tasks.grammar.tiny import (
     BACKWARDS,
@@ -188,8 +189,8 @@ def test_every_learned_part_gets_a_gradient(kind, latent, backward):
         if parameter.grad is not None and parameter.grad.abs().max() > 1e-9
     }
     unused = set() if backward == "learned" else {"backward_score"}
-    if kind != "root_flow":
-        unused |= {"score", "word_score"}
+    # What may stand above a root is nothing to a context-free grammar.
+    unused |= {"above"} if kind == "root_flow" else {"score", "word_score"}
     if kind == "transformer" and latent == "shape":
         unused |= {"name"}
     assert {layer(name) for name, _ in policy.named_parameters()} - learned == unused
@@ -320,11 +321,11 @@ def test_other_sentences_of_a_batch_change_nothing(kind, latent, backward):
 
 @every_backward
 def test_flows_are_sums_over_the_roots_of_a_state(latent, backward):
-    _, policy, x, condition = setting("light", latent, backward)
+    model, policy, x, condition = setting("light", latent, backward)
     samples = 4
     paths = policy.sample(condition, samples)
     trajectories = policy.trajectories(condition, paths)
-    node_scores, _ = inside_scores(condition.potentials, paths.z)
+    node_scores, _ = inside_scores(model.potentials(x), paths.z)
     encoding, learned_and_partial = condition.encoding, paths.flows()
     for step in range(max(LENGTHS)):
         for row in range(len(x) * samples):
@@ -491,7 +492,9 @@ def test_selected_sentences_are_conditions_of_their_own():
     rows = torch.tensor([2, 0, 2])
     selected = condition.select(rows)
     assert torch.equal(selected.lengths, x.lengths[rows])
-    torch.testing.assert_close(selected.potentials.both, condition.potentials.both[rows])
+    torch.testing.assert_close(
+        selected.potentials.two_words(), condition.potentials.two_words()[rows]
+    )
     torch.testing.assert_close(selected.encoding.flow, condition.encoding.flow[rows])
 
 
@@ -525,6 +528,14 @@ def test_flow_parameters_are_those_of_the_flows():
 def test_arguments_that_make_no_policy(kind, options, message):
     with pytest.raises(UserError, match=message):
         make_policy(kind, **{"latent": "shape", **options})
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+def test_other_models_than_grammars_are_refused(kind):
+    policy = make_policy(kind, "shape")
+    message = f"{type(policy).__name__} builds the trees of a grammar, which DiscreteVAE is not"
+    with pytest.raises(UserError, match=message):
+        policy.check(make_vae())
 
 
 @pytest.mark.parametrize("kind", POLICIES)

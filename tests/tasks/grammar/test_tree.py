@@ -42,6 +42,23 @@ def test_all_merge_orders_give_all_trees(length, catalan):
     assert trees.distinct_shapes().tolist() == [catalan]
 
 
+@pytest.mark.parametrize("labelled", [False, True])
+def test_numbers_tell_all_trees_apart(labelled):
+    lengths = torch.tensor([5, 3])
+    trees = [
+        list(oracle.labelled_trees(n, 2) if labelled else oracle.shapes(n))
+        for n in lengths.tolist()
+    ]
+    most = len(trees[0])
+    z = oracle.to_trees([(some * most)[:most] for some in trees], lengths)
+    assert z.numbers.min() >= 0
+    assert [len({tuple(n) for n in rows}) for rows in z.numbers.tolist()] == list(map(len, trees))
+    again = Trees.from_numbers(z.numbers, lengths, labelled)
+    for name in ("start", "end", "labels"):
+        one, other = getattr(again, name), getattr(z, name)
+        assert (one is None and other is None) if one is None else torch.equal(one, other)
+
+
 def test_rotations_by_hand():
     # (a ((b c) (d e))), where node 1 is (b c), node 3 (d e) and node 2 their parent; ((a b) c).
     trees = Trees.from_merge_times(

@@ -14,10 +14,12 @@ from gfn.estimators import DiscretePolicyEstimator
 from scipy.stats import chisquare
 from torch import Tensor, nn
 
+from gfnem.tasks.grammar.annotated import DenseGrammar
 from gfnem.tasks.grammar.data import Sentences
 from gfnem.tasks.grammar.env import ForestEnv
 from gfnem.tasks.grammar.light import LightPolicy
 from gfnem.tasks.grammar.model import ParsingModel
+from gfnem.tasks.grammar.ncfg import AnnotatedModel
 from gfnem.tasks.grammar.policy import ForestPolicy, Latent
 from gfnem.tasks.grammar.potentials import Grammar
 from gfnem.tasks.grammar.root_flow import RootFlowPolicy
@@ -54,6 +56,7 @@ class FixedPCFG(ParsingModel):
     def __init__(self, grammar: Grammar, latent: Latent = "shape"):
         super().__init__()
         dtype = torch.get_default_dtype()
+        self.nonterminals = grammar.nonterminals
         self.root = nn.Parameter(grammar.root.to(dtype))
         self.binary = nn.Parameter(grammar.binary.to(dtype))
         self.emission = nn.Parameter(grammar.emission.to(dtype))
@@ -61,6 +64,24 @@ class FixedPCFG(ParsingModel):
 
     def grammar(self) -> Grammar:
         return Grammar(self.root, self.binary, self.emission)
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Any, Any]:
+        raise NotImplementedError("these rules are for given sentences")
+
+
+class FixedNCFG(AnnotatedModel):
+    """A grammar that sees the parent, whose parameters are the rules' log-probabilities."""
+
+    def __init__(self, grammar: DenseGrammar, latent: Latent = "shape"):
+        super().__init__(latent)
+        dtype = torch.get_default_dtype()
+        self.nonterminals = grammar.nonterminals
+        self.root = nn.Parameter(grammar.root.to(dtype))
+        self.binary = nn.Parameter(grammar.binary.to(dtype))
+        self.emission = nn.Parameter(grammar.emission.to(dtype))
+
+    def grammar(self) -> DenseGrammar:
+        return DenseGrammar(self.root, self.binary, self.emission)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Any, Any]:
         raise NotImplementedError("these rules are for given sentences")
