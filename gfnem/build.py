@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -19,7 +20,8 @@ from gfnem.errors import UserError
 from gfnem.run import Run
 from gfnem.signatures import annotations_of, described, fits
 
-# The parts that a posterior may take beside its own options.
+# The parts that a model and a posterior may take beside their own options.
+MODEL_PARTS = ("tree_prior",)
 POSTERIOR_PARTS = ("policy", "objective", "local_search", "refinement")
 
 
@@ -43,13 +45,10 @@ def build(config: DictConfig) -> Built:
     """
     resolved, data = load_data(config)
     device = set_up(resolved["seed"], resolved["threads"], resolved["device"])
-    model = _make_for(data, resolved["model"])
+    model = _make_for(data, resolved["model"], **_parts(data, resolved, MODEL_PARTS))
     if resolved["model_from"] is not None:
         _begin_with(model, resolved["model_from"])
-    parts = {
-        name: _make_for(data, resolved[name]) for name in POSTERIOR_PARTS if resolved.get(name)
-    }
-    posterior = make(resolved["posterior"], **parts)
+    posterior = make(resolved["posterior"], **_parts(data, resolved, POSTERIOR_PARTS))
     if resolved.get("warm_start"):
         posterior = make(resolved["warm_start"], then=posterior)
     optimizers = {
@@ -150,10 +149,15 @@ def make(options: dict[str, Any], **parts: Any) -> Any:
     return call if options.get("_partial_") else call(**parts)
 
 
-def _make_for(data: Any, options: dict[str, Any]) -> Any:
+def _make_for(data: Any, options: dict[str, Any], **parts: Any) -> Any:
     """Make a part; one that takes `data` begins at the data."""
     takes_data = "data" in annotations_of(get_object(options["_target_"]))
-    return make(options, data=data) if takes_data else make(options)
+    return make(options, data=data, **parts) if takes_data else make(options, **parts)
+
+
+def _parts(data: Any, resolved: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Those of some parts that the configuration has."""
+    return {name: _make_for(data, resolved[name]) for name in names if resolved.get(name)}
 
 
 def _check(resolved: dict[str, Any], raw: dict[str, Any]) -> None:
@@ -168,11 +172,15 @@ def _check(resolved: dict[str, Any], raw: dict[str, Any]) -> None:
         if not isinstance(options, dict):
             raise UserError(f"{part}={options}: only options of it can be set, {part}.KEY=VALUE")
         _check_options(options, raw[part], part)
-    taken = annotations_of(get_object(resolved["posterior"]["_target_"]))
-    for part in POSTERIOR_PARTS:
-        if resolved.get(part) is not None and part not in taken:
-            posterior = resolved["posterior"]["_target_"].rpartition(".")[-1]
-            raise UserError(f"{part} has no effect with {posterior}: leave {part}=... out")
+    for whole, parts in (("model", MODEL_PARTS), ("posterior", POSTERIOR_PARTS)):
+        target = resolved[whole]["_target_"]
+        taken = annotations_of(get_object(target))
+        taker = target.rpartition(".")[-1]
+        for part in parts:
+            if resolved.get(part) is not None and part not in taken:
+                raise UserError(f"{part} has no effect with {taker}: leave {part}=... out")
+        if "policy" in parts and "policy" in taken and resolved.get("policy") is None:
+            raise UserError(f"{taker} needs a policy: give one, or use posterior=mcmc")
 
 
 def _check_options(options: dict[str, Any], raw: Any, path: str) -> None:

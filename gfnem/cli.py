@@ -35,6 +35,7 @@ KEPT = (
     "latent",
     "sizes",
     "model",
+    "tree_prior",
     "policy",
     "warm_start",
     "optimizer",

@@ -22,6 +22,7 @@ from gfnem.help import config_folder, groups_in
 PARTS = (
     "data",
     "model",
+    "tree_prior",
     "policy",
     "objective",
     "local_search",
@@ -68,7 +69,10 @@ def compose_stored(run: Path, overrides: Sequence[str]) -> DictConfig:
     for override in overrides:
         _check(_parsed(override), override, {})
     config = _compose(run.resolve(), overrides)
-    config.model_from = None  # the run's checkpoints hold all parameters
+    # The run's checkpoints hold all parameters.
+    config.model_from = None
+    if OmegaConf.select(config, "tree_prior.energy.run") is not None:
+        config.tree_prior.energy.run = None
     return config
 
 

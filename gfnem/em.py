@@ -400,6 +400,7 @@ class EM:
             self._note({"train/joint_loss": estep.loss.detach(), **estep.metrics})
         self.e_steps += 1
         self.m_steps += 1
+        self.model.m_step_done(self.m_steps)
 
     def _m_step(self, x: Any, latents: Latents | None) -> None:
         if self.posterior.closed_m_step:
@@ -409,6 +410,7 @@ class EM:
             if self.model_trainer.step(loss):
                 self._note({"train/m_loss": loss.detach()})
         self.m_steps += 1
+        self.model.m_step_done(self.m_steps)
         self.schedule.m_step_done()
 
     @torch.no_grad()
@@ -421,8 +423,11 @@ class EM:
 
     @torch.no_grad()
     def _posterior_gap(self, x: Any, latents: Latents | None) -> dict[str, float | Tensor]:
-        """log p(x) - E_q[log p(x, z) + log P_B - log P_F] in nats per data point, where exact."""
-        if latents is None or latents.log_weights is None:
+        """log p(x) - E_q[log p(x, z) + log P_B - log P_F] in nats per data point, where exact.
+
+        Of a model that is not normalised, log p(x) is not what weights are of on average.
+        """
+        if latents is None or latents.log_weights is None or not self.model.normalised:
             return {}
         log_likelihood = self.model.log_likelihood(x)
         if log_likelihood is None:
@@ -437,6 +442,7 @@ class EM:
     def _log(self) -> None:
         metrics = {key: sum(values) / len(values) for key, values in self._sums.items()}
         metrics.update(self.schedule.metrics(self.m_steps))
+        metrics.update(self.model.metrics())
         trainers = [self.model_trainer, self.posterior_trainer]
         metrics["train/skipped"] = sum(t.skipped for t in trainers if t is not None)
         self._sums = {}

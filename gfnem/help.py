@@ -50,6 +50,8 @@ examples:
   gfnem task=discrete_vae
   gfnem task=discrete_vae data=mnist warm_start=vq refinement=resampling em.max_seconds=900
   gfnem latent=labelled policy=light objective=subtb refinement=back_and_forth schedule=adaptive
+  gfnem task=tree_prior posterior=mcmc run_dir=runs/tree_prior
+  gfnem tree_prior=learned tree_prior.energy.run=runs/tree_prior
   gfnem --multirun seed=1,2,3 posterior=gflownet,exact
   gfnem compare runs/grammar metrics=test/nll_per_token,test/posterior_gap
   echo "the old king slept" | gfnem parse run=DIR

@@ -22,6 +22,15 @@ class LatentVariableModel(nn.Module, ABC):
 
     is_truth = False
 
+    @property
+    def normalised(self) -> bool:
+        """Whether exp(log_joint) is a distribution, that of `sample`, and `log_likelihood` its sum.
+
+        Otherwise log_joint is that of `sample` and `log_likelihood` plus something of z that no
+        parameter of the model changes; posteriors are proportional to exp(log_joint).
+        """
+        return True
+
     @abstractmethod
     def log_joint(self, x: Any, z: Any) -> Float[Tensor, "batch samples"]:
         """log p(x, z) in nats for `samples` latents of each data point, differentiable."""
@@ -40,6 +49,13 @@ class LatentVariableModel(nn.Module, ABC):
     def log_likelihood(self, x: Any) -> Float[Tensor, "batch"] | None:
         """Exact log p(x) in nats, differentiable; None where it is intractable."""
         return None
+
+    def m_step_done(self, m_steps: int) -> None:
+        """An M-step ended, which makes `m_steps` of them; what a model does not learn may move."""
+
+    def metrics(self) -> dict[str, float]:
+        """Figures worth logging in training."""
+        return {}
 
 
 class ClosedFormModel(LatentVariableModel, ABC):

@@ -434,6 +434,52 @@ class TestRulesThatSeeTheParent:
         assert state_of(Path("chart"), "last")["posterior"]["policy.usage"].sum() > 0
 
 
+class TestTreePrior:
+    def test_is_learned_from_shapes_and_annealed_across_a_stop(
+        self,
+        tiny: list[str],
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(GrammarEvaluator, "report", lambda *arguments: None)
+        trees = "(S (N kings) (V (V saw) (N cats)))\n(S (D the) (J old) (N king) (V slept))\n"
+        Path("trees.txt").write_text(10 * trees)
+        shapes = ["task=tree_prior", "data=bracketed_shapes", "data.trees.train=trees.txt"]
+        small = ["device=cpu", "model.width=4", "em.m_steps=4", "em.log_every=1"]
+        few = ["posterior=mcmc", "posterior.steps=2", "posterior.burn_in=5", "run_dir=shapes"]
+        assert main([*shapes, *small, *few]) == 0
+        summary = json.loads(Path("shapes/summary.json").read_text())
+        assert summary["test/pseudo_nll"] > 0
+        assert Path("shapes/plots/learning_curves.png").exists()
+        assert main(["evaluate", "run=shapes", "split=valid"]) == 0
+        learned = ["tree_prior=learned", "tree_prior.energy.run=shapes"]
+        heated = ["annealing=linear", "final_temperature=3", "horizon=4"]
+        options = [*learned, "tree_prior.energy.width=4", *(f"tree_prior.{h}" for h in heated)]
+        assert main([*tiny, *options, "run_dir=whole"]) == 0
+        assert main([*tiny, *options, "run_dir=parts", "em.m_steps=2"]) == 0
+        # Whatever becomes of the run that it was learned in.
+        Path("shapes").rename("elsewhere")
+        assert main(["resume=parts", "em.m_steps=4"]) == 0
+        for which in ("model", "posterior"):
+            whole, parts = (state_of(Path(run), "last")[which] for run in ("whole", "parts"))
+            assert_same(whole, parts)
+        temperatures = [
+            line["prior/temperature"]
+            for line in read_metrics(Path("whole"))
+            if "prior/temperature" in line
+        ]
+        assert temperatures[-1] in (2.0, 2.5, 3.0)
+        assert len(set(temperatures)) > 1
+        summary = json.loads(Path("whole/summary.json").read_text())
+        assert "test/free_energy" in summary
+        assert "test/posterior_gap" not in summary
+        capsys.readouterr()
+        assert main(["generate", "run=whole", "n=2"]) == 0
+        assert "drawn from the grammar alone, without its tree prior" in capsys.readouterr().err
+        refused = failing(["evaluate", "run=whole", "tree_prior.strength=2"], capsys)
+        assert "tree_prior.strength=2: it means nothing to evaluate" in refused
+
+
 class TestCompare:
     def test_puts_runs_beside_each_other(
         self,
@@ -554,6 +600,17 @@ MISTAKES = [
     (["posterior=mcmc", "posterior.burn_in=-1"], "posterior.burn_in is -1; it must not be"),
     (["posterior=importance", "posterior.proposals=0"], "posterior.proposals is 0; it must be"),
     (["posterior=mcmc", "policy=light"], "policy has no effect with MCMC"),
+    (["task=discrete_vae", "tree_prior=depth"], "tree_prior has no effect with DiscreteVAE"),
+    (["tree_prior.strength=2"], "tree_prior.strength is no option of this configuration"),
+    (["tree_prior=learned"], "tree_prior.energy.run is missing: give it with"),
+    (["tree_prior=learned", "tree_prior.energy.run=no"], "run directory no does not exist"),
+    (["tree_prior=depth", "tree_prior.horizon=3"], "tree_prior.horizon is 3, which has no effect"),
+    (["tree_prior=depth", "posterior=exact"], "posterior=exact is of a NeuralPCFG alone and knows"),
+    (
+        ["tree_prior=depth", "posterior.sleep=1"],
+        "a sleep phase learns from draws of the NeuralPCFG",
+    ),
+    (["task=tree_prior"], "GFlowNetPosterior needs a policy: give one"),
     (["resume=nosuch", "-m"], "resume=DIR goes with neither --multirun nor --config-dir"),
 ]
 

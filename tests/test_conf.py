@@ -54,12 +54,30 @@ MIXTURES = {
     ("experiment", "published_mixture"),
     ("experiment", "objectives"),
 }
+SHAPES = {
+    ("task", "tree_prior"),
+    ("model", "tree_energy"),
+    ("data", "treebank_shapes"),
+    ("data", "bracketed_shapes"),
+}
 # What belongs to the data that the model draws.
 DRAWN = {
     ("data", "random_grammar"),
     ("model", "random_pcfg"),
     ("experiment", "objectives_grammar"),
 }
+# A prior on tree shapes of a second, from the file train.txt.
+SHAPE_RUN = [
+    "device=cpu",
+    "task=tree_prior",
+    "posterior=mcmc",
+    "posterior.burn_in=2",
+    "posterior.steps=1",
+    "data=bracketed_shapes",
+    "data.trees.train=train.txt",
+    "model.width=4",
+    "em.m_steps=2",
+]
 FILES = {"bracketed": 20 * TREE, "text": 20 * "the old king saw a cat\n"}
 
 
@@ -87,6 +105,16 @@ def test_option(
         if option == "points":
             Path("points.csv").write_text(10 * "1,2\n3.5,-4\n")
             overrides.append("data.file=points.csv")
+    elif (group, option) in SHAPES:
+        Path("train.txt").write_text(FILES["bracketed"])
+        folder = request.getfixturevalue("real_data") / "nltk_data"
+        given = {
+            "bracketed_shapes": ["data.trees.train=train.txt"],
+            "treebank_shapes": [f"data.trees.dir={folder}", "data.trees.max_length=5"],
+        }
+        data = option if group == "data" else "bracketed_shapes"
+        overrides = ["device=cpu", "task=tree_prior", "posterior=mcmc", f"{group}={option}"]
+        overrides += [f"data={data}", *given[data]]
     elif (group, option) in DRAWN:
         few = [f"data.{split}_sentences=8" for split in ("train", "valid", "test")]
         overrides = ["device=cpu", f"{group}={option}", *few, "policy.width=8"]
@@ -111,6 +139,10 @@ def test_option(
     if option == "rate_posterior":
         main([*tiny_data, *tiny_run, "posterior=exact", "run_dir=model"])
         overrides.append("model_from=model")
+    if option in ("learned", "grammar_cfg_prior"):
+        Path("train.txt").write_text(FILES["bracketed"])
+        main([*SHAPE_RUN, "run_dir=shapes"])
+        overrides += ["tree_prior.energy.run=shapes", "tree_prior.energy.width=4"]
     if group == "device":
         overrides.remove("device=cpu")
         if option == "cuda" and not torch.cuda.is_available():
@@ -164,7 +196,7 @@ def test_objectives_are_of_all_tasks(
 
 
 def test_every_option_is_composed_with_its_task() -> None:
-    assert set(OPTIONS) >= IMAGES | MIXTURES | DRAWN
+    assert set(OPTIONS) >= IMAGES | MIXTURES | SHAPES | DRAWN
 
 
 def test_what_mean_field_is_depends_on_the_task(

@@ -646,6 +646,30 @@ def test_posterior_gap_is_logged_whatever_batch_has_the_e_step(run: Run) -> None
     assert gaps[0] == pytest.approx(float((log_likelihood[:, None] - log_weights).mean()))
 
 
+class Annealed(Mixture):
+    """Not normalised, and moved by how many M-steps there were."""
+
+    normalised = False  # pyright: ignore
+
+    def m_step_done(self, m_steps: int) -> None:
+        self.seen = [*getattr(self, "seen", []), m_steps]
+
+    def metrics(self) -> dict[str, float]:
+        return {"prior/temperature": float(len(getattr(self, "seen", [])))}
+
+
+def test_the_model_is_told_of_m_steps_and_has_figures_of_its_own(run: Run) -> None:
+    """Without a gap, whose log p(x) is not the sum of its joint."""
+    model = Annealed()
+    EM(model, Table(), Urn(), 6, log_every=2, run=run).fit()
+    assert model.seen == [1, 2, 3, 4, 5, 6]
+    assert curve(run, "prior/temperature") == [2, 4, 6]
+    assert curve(run, "train/posterior_gap") == []
+    joint = Annealed()
+    EM(joint, Joint(), Urn(), 3).fit()
+    assert joint.seen == [1, 2, 3]
+
+
 def test_lines_are_means_since_the_line_before(run: Run) -> None:
     losses = []
 

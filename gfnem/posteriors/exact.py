@@ -104,6 +104,11 @@ class ExactPosterior(Posterior):
                 f"posterior=exact needs a model with a tractable posterior; "
                 f"{type(model).__name__} has none: use posterior=gflownet"
             )
+        if not model.normalised:
+            raise UserError(
+                f"posterior=exact is of a {type(model).__name__} alone and knows nothing of "
+                "tree_prior: set tree_prior=none, or use posterior=gflownet or posterior=mcmc"
+            )
         if not model.tractable:
             raise UserError(
                 f"posterior=exact: this {type(model).__name__} is too large for it"

@@ -278,6 +278,12 @@ class GFlowNetPosterior(Posterior):
 
     def check(self, model: LatentVariableModel) -> None:
         self.policy.check(model)
+        if (self.sleep > 0 or self.objective.sleep > 0) and not model.normalised:
+            raise UserError(
+                f"a sleep phase learns from draws of the {type(model).__name__} alone, without its "
+                "tree_prior: set posterior.sleep=0 and take an objective without a sleep phase, or "
+                "set tree_prior=none"
+            )
 
     def e_step(self, model: LatentVariableModel, x: Any) -> EStep:
         """The loss that brings q closer to p(z | x); see `Posterior.e_step`.

@@ -144,9 +144,9 @@ class ChartCondition:
         """The context as the grammar's rules see it."""
         return context if isinstance(self.model, AnnotatedModel) else torch.zeros_like(context)
 
-    def log_joint(self, z: Trees) -> Float[Tensor, "batch samples"]:
-        """log p(x, z), differentiable in the model."""
-        return self.model.log_joint_given(self.model_potentials, z)
+    def log_grammar(self, z: Trees) -> Float[Tensor, "batch samples"]:
+        """The grammar's log p(x, z), differentiable in it."""
+        return self.model.log_grammar_given(self.model_potentials, z)
 
     def labelled(self, z: Trees) -> Trees:
         """The trees themselves, or shapes with labels from P_B."""
@@ -470,12 +470,13 @@ class ChartPolicy(NumberedPolicy):
             fixed = fixed + condition.potentials.total_log_scale[:, None]
             labelled = fixed + rules.sum(-1)
         z = trees if self.latent == "labelled" else trees.shapes()
-        model_log_joint = condition.log_joint(z)
+        log_grammar = condition.log_grammar(z)
+        model_log_joint = log_grammar + condition.model.log_prior_weight(z)
         log_joint = model_log_joint.detach()
         leave = torch.zeros_like(forward[:1])
         backward = torch.zeros(len(forward) + 1, batch, samples, device=forward.device)
         backward = backward.to(forward.dtype)
-        backward[-2] = labelled - log_joint
+        backward[-2] = labelled - log_grammar.detach()
         return Paths(
             z=z,
             log_joint=log_joint,

@@ -16,7 +16,7 @@ from gfnem.errors import UserError
 from gfnem.gradients import gradient_noise
 from gfnem.inference import device_of, inference, log_mean_exp
 from gfnem.model import LatentVariableModel
-from gfnem.posterior import Posterior
+from gfnem.posterior import Latents, Posterior
 from gfnem.posteriors.exact import TractableModel
 from gfnem.tasks.grammar import inside
 from gfnem.tasks.grammar.data import Corpus, GrammarData, Sentences, SplitName
@@ -41,6 +41,7 @@ DECODED = {
     "": "posterior, sample",
     "_mbr": "posterior, MBR",
     "_exact_mbr": "exact posterior, MBR",
+    "_grammar_mbr": "grammar without the prior, MBR",
     "_viterbi": "Viterbi",
 }
 BASELINES = {"left": "left-branching", "right": "right-branching", "random": "random"}
@@ -70,8 +71,21 @@ class GrammarEvaluator:
         train/gradient_variance, train/gradient_noise: of E-steps on the first training batch, see
             `gfnem.gradients`; with `gradient_e_steps`.
 
+    With a tree prior log p(x, z) - E(shape) / T takes the place of log p(x, z), whose sum over z,
+    W(x), is not known, and some figures change:
+        nll_per_token, perplexity, iw_nll_per_token: still of the grammar alone, and normalised; the
+            prior is taken out of the weights again.
+        sentence_f1_viterbi, corpus_f1_viterbi: still of the grammar alone.
+        sentence_f1_grammar_mbr, corpus_f1_grammar_mbr, distinct_grammar_trees, right_grammar_edge:
+            in place of those of the exact posterior; they are of the grammar alone.
+        free_energy: -E_q log w in nats for each sentence, in place of the posterior_gap. It is
+            the gap - log W(x), and falls with the gap while the grammar stays.
+        iw_free_energy: -log W(x), upper bound from `iw_samples` draws; free_energy minus it is a
+            lower bound of the gap.
+
     Final evaluations on the test split add train/posterior_gap, the same on `train_sentences`
-    training sentences, evenly spaced: what q has not learned, apart from what it overfits.
+    training sentences, evenly spaced: what q has not learned, apart from what it overfits; with a
+    tree prior train/free_energy.
 
     data: what to rate on.
     samples: draws of q for each sentence.
@@ -79,8 +93,8 @@ class GrammarEvaluator:
     batch_size: sentences at a time.
     train_sentences: how many of the training sentences are rated.
     select: what is minimised on the validation split: "likelihood" (nll_per_token, or the bound
-        for a model without an exact likelihood) or "posterior_gap", for a model that is not
-        trained.
+        for a model without an exact likelihood) or "posterior_gap" (with a tree prior the free
+        energy), for a model that is not trained.
     divergences: whether to list q(z | x) of every z; for shapes of sentences of up to 6 words.
     gradient_e_steps: E-steps whose gradients are compared; None for none.
     """
@@ -148,28 +162,36 @@ class GrammarEvaluator:
             metrics |= {f"train/{name}": value for name, value in of_gradients.items()}
         if self.select == "likelihood" and f"{split}/nll_per_token" not in metrics:
             self.selection = "valid/iw_nll_per_token"
+        if self.select == "posterior_gap" and not model.normalised:
+            self.selection = "valid/free_energy"
         if final:
             metrics |= self._baselines(corpus)
         if final and split == "test":
-            metrics |= self._train_gap(model, posterior)
+            metrics |= self._train_fit(model, posterior)
             self._tested = metrics
         return metrics
 
-    def _train_gap(self, model: LatentVariableModel, posterior: Posterior) -> Metrics:
-        """The posterior gap on some of the training sentences, where it is exact."""
+    def _train_fit(self, model: LatentVariableModel, posterior: Posterior) -> Metrics:
+        """The posterior gap on some of the training sentences, where it is exact.
+
+        The free energy of a model that is not normalised.
+        """
         corpus = self.data.train
         every = max(len(corpus) // self.train_sentences, 1)
         chosen = corpus.lengths.argsort()[::every]
-        gaps = []
+        fits = []
+        name = "posterior_gap" if model.normalised else "free_energy"
         with inference(model, posterior):
             for indices in chosen.split(self.batch_size):
                 x = corpus.batch(indices.tolist()).to(device_of(model))
-                log_likelihood = model.log_likelihood(x)
                 log_weights = posterior.sample(model, x, self.samples).log_weights
-                if log_likelihood is None or log_weights is None:
+                if log_weights is None:
                     return {}
-                gaps.append(log_likelihood - log_weights.mean(-1))
-        return {"train/posterior_gap": float(torch.cat(gaps).double().mean())}
+                fit = _fit(model, model.log_likelihood(x), log_weights)
+                if name not in fit:
+                    return {}
+                fits.append(fit[name])
+        return {f"train/{name}": float(torch.cat(fits).double().mean())}
 
     def _rate(
         self, model: LatentVariableModel, posterior: Posterior, x: Sentences, final: bool
@@ -191,39 +213,33 @@ class GrammarEvaluator:
             figures["log_likelihood"] = log_likelihood
         if latents.log_weights is not None:
             figures["effective_samples"] = 1 / latents.log_weights.softmax(-1).square().sum(-1)
-            log_weights = latents.log_weights
+            drawn = [latents]
             if final:
-                log_weights = self._more_log_weights(model, posterior, x, log_weights)
-            figures["iw_log_likelihood"] = log_mean_exp(log_weights)
-            if log_likelihood is not None:
-                figures["posterior_gap"] = log_likelihood - log_weights.mean(-1)
+                drawn += self._more_latents(model, posterior, x)
+            log_weights, log_priors = _log_weights(model, drawn)
+            figures["iw_log_likelihood"] = log_mean_exp(log_weights - log_priors)
+            figures |= _fit(model, log_likelihood, log_weights)
         if self.divergences:
             figures |= divergences.rate(model, posterior, x)
+        # What is exact is of the grammar alone.
+        whose = "exact" if model.normalised else "grammar"
         if isinstance(model, TractableModel) and model.tractable:
             exact = model.sample_posterior(x, self.samples)
-            figures["distinct_exact_trees"] = exact.distinct_shapes()
-            figures["right_exact_edge"] = _right_edge(exact)
+            figures[f"distinct_{whose}_trees"] = exact.distinct_shapes()
+            figures[f"right_{whose}_edge"] = _right_edge(exact)
         if isinstance(model, GrammarModel) and model.tractable:
-            trees["_exact_mbr"] = inside.minimum_bayes_risk(model.span_marginals(x), x.lengths)
+            trees[f"_{whose}_mbr"] = inside.minimum_bayes_risk(model.span_marginals(x), x.lengths)
         if isinstance(model, ParsingModel) and final:
             trees["_viterbi"], _ = inside.viterbi(model.potentials(x))
         return figures, trees
 
-    def _more_log_weights(
-        self,
-        model: LatentVariableModel,
-        posterior: Posterior,
-        x: Sentences,
-        log_weights: Float[Tensor, "batch samples"],
-    ) -> Float[Tensor, "batch iw_samples"]:
-        """The given ones and as many more as make `iw_samples`."""
-        parts, missing = [log_weights], self.iw_samples - self.samples
-        while missing > 0:
-            more = posterior.sample(model, x, min(missing, self.samples)).log_weights
-            assert more is not None
-            parts.append(more)
-            missing -= more.shape[1]
-        return torch.cat(parts, 1)
+    def _more_latents(
+        self, model: LatentVariableModel, posterior: Posterior, x: Sentences
+    ) -> list[Latents]:
+        """As many draws beside `samples` as make `iw_samples`."""
+        missing = self.iw_samples - self.samples
+        counts = [min(self.samples, missing - n) for n in range(0, missing, self.samples)]
+        return [posterior.sample(model, x, count) for count in counts]
 
     def _baselines(self, corpus: Corpus) -> Metrics:
         """F1 of trees that take no notice of the words."""
@@ -323,7 +339,8 @@ def parse(
 
     words: of each sentence as they are to be shown.
     decode: "mbr", the minimum-Bayes-risk tree of the span frequencies of `samples` draws of q;
-        "sample", one draw of q; "viterbi", the best tree of a context-free grammar.
+        "sample", one draw of q; "viterbi", the best tree of a context-free grammar, whose tree
+        prior, if any, has no part in it.
 
     Raises UserError for another `decode`, and for "viterbi" where the grammar is not context-free.
     """
@@ -372,6 +389,36 @@ def _minimum_bayes_risk(trees: Trees) -> Trees:
     return inside.minimum_bayes_risk(scores, trees.lengths)
 
 
+def _log_weights(
+    model: LatentVariableModel, drawn: Sequence[Latents]
+) -> tuple[Float[Tensor, "batch samples"], Float[Tensor, "batch samples"]]:
+    """Of all draws, and what a tree prior adds to them."""
+    weights, priors = [], []
+    for latents in drawn:
+        assert latents.log_weights is not None
+        weights.append(latents.log_weights)
+        is_grammar = isinstance(model, GrammarModel)
+        zero = torch.zeros_like(latents.log_weights)
+        priors.append(model.log_prior_weight(latents.z) if is_grammar else zero)
+    return torch.cat(weights, 1), torch.cat(priors, 1)
+
+
+def _fit(
+    model: LatentVariableModel,
+    log_likelihood: Float[Tensor, "batch"] | None,
+    log_weights: Float[Tensor, "batch samples"],
+) -> dict[str, Float[Tensor, "batch"]]:
+    """What tells how near q is to the posterior."""
+    if not model.normalised:
+        return {
+            "free_energy": -log_weights.mean(-1),
+            "iw_free_energy": -log_mean_exp(log_weights),
+        }
+    if log_likelihood is None:
+        return {}
+    return {"posterior_gap": log_likelihood - log_weights.mean(-1)}
+
+
 def _right_edge(trees: Trees) -> Float[Tensor, "batch"]:
     """The share of non-trivial spans that end at the sentence's right edge; 0 without any."""
     lengths = trees.lengths[:, None, None]
@@ -388,7 +435,13 @@ def _summarise(figures: dict[str, Float[Tensor, "sentences"]]) -> Metrics:
         metrics |= {"nll_per_token": nll, "perplexity": nll.exp()}
     if "iw_log_likelihood" in figures:
         metrics["iw_nll_per_token"] = -figures["iw_log_likelihood"].sum() / words.sum()
-    for name in ("posterior_gap", "effective_samples", *divergences.NAMES):
+    for name in (
+        "posterior_gap",
+        "free_energy",
+        "iw_free_energy",
+        "effective_samples",
+        *divergences.NAMES,
+    ):
         if name in figures:
             metrics[name] = figures[name].mean()
     is_long = words >= LONG
@@ -397,6 +450,7 @@ def _summarise(figures: dict[str, Float[Tensor, "sentences"]]) -> Metrics:
         for distinct, right in (
             ("distinct_trees", "right_edge"),
             ("distinct_exact_trees", "right_exact_edge"),
+            ("distinct_grammar_trees", "right_grammar_edge"),
         ):
             if distinct in figures:
                 metrics[distinct] = figures[distinct][is_long].mean()

@@ -24,17 +24,23 @@ from gfnem.tasks.grammar.messages import (
 )
 from gfnem.tasks.grammar.potentials import Grammar, Potentials
 from gfnem.tasks.grammar.tree import Trees
+from gfnem.tasks.grammar.tree_prior import TreePrior
 
 
 class GrammarModel(TractableModel):
-    """A grammar p(x, z) over sentences and their binary trees.
+    """A grammar p(x, z) over sentences and their binary trees, or one times a prior on shapes.
 
     Latents are `Trees`: with labels z is a labelled tree, without labels a shape, whose labels
     are summed out.
 
+    With a tree prior, log_joint is log p(x, z) - E(shape) / T, which is not normalised, and what
+    posteriors are of. Everything else is of the grammar alone: likelihood, draws, exact posterior,
+    span marginals, Viterbi trees.
+
     latent: which of them the posterior is over, "shape" or "labelled".
     max_length: longer draws from the model are rejected.
     tries: rounds of draws before `sample` gives up on those that never fit.
+    tree_prior: None for the grammar alone.
     """
 
     rejected: Tensor
@@ -44,6 +50,7 @@ class GrammarModel(TractableModel):
         latent: Literal["shape", "labelled"] = "shape",
         max_length: int = 40,
         tries: int = 4,
+        tree_prior: TreePrior | None = None,
     ):
         super().__init__()
         check_latent(latent)
@@ -51,6 +58,7 @@ class GrammarModel(TractableModel):
         self.latent = latent
         self.max_length = max_length
         self.tries = tries
+        self.tree_prior = tree_prior
         self.register_buffer("rejected", torch.zeros((), dtype=torch.long))
 
     @abstractmethod
@@ -74,8 +82,8 @@ class GrammarModel(TractableModel):
         """The grammar with the words of a batch summed in, differentiable."""
 
     @abstractmethod
-    def log_joint_given(self, potentials: Any, z: Trees) -> Float[Tensor, "batch samples"]:
-        """log p(x, z) of the sentences that the potentials were made for."""
+    def log_grammar_given(self, potentials: Any, z: Trees) -> Float[Tensor, "batch samples"]:
+        """The grammar's log p(x, z) of the sentences that the potentials were made for."""
 
     @abstractmethod
     def inside_scores(
@@ -94,8 +102,29 @@ class GrammarModel(TractableModel):
     def span_marginals(self, x: Sentences) -> Float[Tensor, "batch length+1 length+1"]:
         """p(span (start, end) in z | x); 0 for single words."""
 
+    def log_prior_weight(self, z: Trees) -> Float[Tensor, "batch samples"]:
+        """-E(shape) / T, what a tree prior adds to the grammar's log p(x, z); 0 without one."""
+        if self.tree_prior is None:
+            return torch.zeros(z.start.shape[:2], device=z.start.device)
+        return self.tree_prior.log_weight(z)
+
+    def log_joint_given(self, potentials: Any, z: Trees) -> Float[Tensor, "batch samples"]:
+        """`log_joint` of the sentences that the potentials were made for."""
+        return self.log_grammar_given(potentials, z) + self.log_prior_weight(z)
+
     def log_joint(self, x: Sentences, z: Trees) -> Float[Tensor, "batch samples"]:
         return self.log_joint_given(self.potentials(x), z)
+
+    @property
+    def normalised(self) -> bool:
+        return self.tree_prior is None
+
+    def m_step_done(self, m_steps: int) -> None:
+        if self.tree_prior is not None:
+            self.tree_prior.m_steps.fill_(m_steps)
+
+    def metrics(self) -> dict[str, float]:
+        return {} if self.tree_prior is None else {"prior/temperature": self.tree_prior.temperature}
 
 
 class ParsingModel(GrammarModel, PriorModel):
@@ -109,7 +138,7 @@ class ParsingModel(GrammarModel, PriorModel):
         """The grammar with the words of a batch summed in, differentiable."""
         return Potentials.of(self.grammar(), x.words, x.lengths)
 
-    def log_joint_given(self, potentials: Potentials, z: Trees) -> Float[Tensor, "batch samples"]:
+    def log_grammar_given(self, potentials: Potentials, z: Trees) -> Float[Tensor, "batch samples"]:
         if z.labels is None:
             return log_joint_shape(potentials, z)
         return log_joint_labelled(potentials, z)
@@ -160,8 +189,8 @@ class ParsingModel(GrammarModel, PriorModel):
             Grammar(grammar.root, grammar.binary, any_word), torch.zeros_like(x.words), x.lengths
         )
         z = inside.sample(potentials, samples, labelled=self.latent == "labelled")
-        log_joint = self.log_joint_given(potentials, z)
-        return z, log_joint - inside.log_partition(potentials)[:, None]
+        log_grammar = self.log_grammar_given(potentials, z)
+        return z, log_grammar - inside.log_partition(potentials)[:, None]
 
 
 def check_latent(latent: str) -> None:
@@ -198,7 +227,7 @@ class NeuralPCFG(ParsingModel):
     vocabulary: number of word ids.
     nonterminals, preterminals: numbers of symbols, the start symbol not counted.
     width: of embeddings and hidden layers.
-    max_length, tries, latent: as for `GrammarModel`.
+    max_length, tries, latent, tree_prior: as for `GrammarModel`.
     """
 
     def __init__(
@@ -210,8 +239,9 @@ class NeuralPCFG(ParsingModel):
         max_length: int = 40,
         tries: int = 4,
         latent: Literal["shape", "labelled"] = "shape",
+        tree_prior: TreePrior | None = None,
     ):
-        super().__init__(latent, max_length, tries)
+        super().__init__(latent, max_length, tries, tree_prior)
         check_positive(nonterminals=nonterminals, preterminals=preterminals, width=width)
         self.nonterminals = nonterminals
         self.preterminals = preterminals
@@ -230,7 +260,8 @@ class NeuralPCFG(ParsingModel):
             nn.Linear(width, width), Residual(width), Residual(width), nn.Linear(width, vocabulary)
         )
         for parameter in self.parameters():
-            if parameter.dim() > 1:
+            # A tree prior's parameters, which are not learned here, stay as they are.
+            if parameter.requires_grad and parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
 
     def grammar(self) -> Grammar:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from gfnem.errors import UserError
@@ -58,16 +60,8 @@ class Rotations(Moves):
     ) -> Int[Tensor, "batch chains nodes"]:
         model, potentials = condition.model, condition.potentials
         trees = Trees.from_merge_times(state, condition.lengths)
-        log_joint = model.log_joint_given(potentials, trees)
-        for _ in range(steps):
-            proposed = trees.rotate(_random_inner(trees))
-            log_proposed = model.log_joint_given(potentials, proposed)
-            # From a tree of probability zero, where a chain may begin, all are better.
-            log_accept = (log_proposed - log_joint).where(log_joint.isfinite(), 0.0)
-            accept = torch.rand_like(log_accept).log() < log_accept
-            trees = proposed.where(accept, trees)
-            log_joint = log_proposed.where(accept, log_joint)
-        return trees.sizes
+        log_density = partial(model.log_joint_given, potentials)
+        return rotate_and_accept(trees, log_density, steps).sizes
 
     def latents(
         self, condition: RotationCondition, state: Int[Tensor, "batch chains nodes"]
@@ -76,6 +70,25 @@ class Rotations(Moves):
         if condition.model.latent == "shape":
             return trees
         return condition.model.sample_labels(condition.potentials, trees)
+
+
+def rotate_and_accept(
+    trees: Trees, log_density: Callable[[Trees], Float[Tensor, "batch samples"]], steps: int
+) -> Trees:
+    """So many Metropolis-Hastings transitions by rotations; see `Rotations`.
+
+    log_density: of trees, up to a constant for each sentence.
+    """
+    log_joint = log_density(trees)
+    for _ in range(steps):
+        proposed = trees.rotate(_random_inner(trees))
+        log_proposed = log_density(proposed)
+        # From a tree of probability zero, where a chain may begin, all are better.
+        log_accept = (log_proposed - log_joint).where(log_joint.isfinite(), 0.0)
+        accept = torch.rand_like(log_accept).log() < log_accept
+        trees = proposed.where(accept, trees)
+        log_joint = log_proposed.where(accept, log_joint)
+    return trees
 
 
 def _random_inner(trees: Trees) -> Int[Tensor, "batch samples"]:

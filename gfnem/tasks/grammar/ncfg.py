@@ -28,6 +28,7 @@ from gfnem.tasks.grammar.factored import FactoredPotentials, LowRankGrammar
 from gfnem.tasks.grammar.model import GrammarModel, Residual, check_positive
 from gfnem.tasks.grammar.spans import SpanTable
 from gfnem.tasks.grammar.tree import Trees
+from gfnem.tasks.grammar.tree_prior import TreePrior
 
 # The inside algorithm takes time with the fourth power of the nonterminals; where rules are of low
 # rank, with the square.
@@ -75,7 +76,7 @@ class AnnotatedModel(GrammarModel):
 
         return Rules(grammar.root.exp(), expand, emit)
 
-    def log_joint_given(
+    def log_grammar_given(
         self, potentials: ContextPotentials, z: Trees
     ) -> Float[Tensor, "batch samples"]:
         if z.labels is not None:
@@ -137,7 +138,7 @@ class NeuralNCFG(AnnotatedModel):
     rank: of the binary rules, p(B C | A, P) = sum_r p(r | A, P) p(B | r) p(C | r); None for one
         probability for each rule.
     width: of embeddings and hidden layers.
-    max_length, tries, latent: as for `GrammarModel`.
+    max_length, tries, latent, tree_prior: as for `GrammarModel`.
     """
 
     def __init__(
@@ -150,8 +151,9 @@ class NeuralNCFG(AnnotatedModel):
         max_length: int = 40,
         tries: int = 4,
         latent: Literal["shape", "labelled"] = "shape",
+        tree_prior: TreePrior | None = None,
     ):
-        super().__init__(latent, max_length, tries)
+        super().__init__(latent, max_length, tries, tree_prior)
         check_positive(nonterminals=nonterminals, preterminals=preterminals, width=width)
         if rank is not None:
             check_positive(rank=rank)
@@ -180,7 +182,8 @@ class NeuralNCFG(AnnotatedModel):
             nn.Linear(width, width), Residual(width), Residual(width), nn.Linear(width, vocabulary)
         )
         for parameter in self.parameters():
-            if parameter.dim() > 1:
+            # A tree prior's parameters, which are not learned here, stay as they are.
+            if parameter.requires_grad and parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
 
     def grammar(self) -> AnnotatedGrammar:

@@ -344,6 +344,7 @@ class ForestPolicy(NumberedPolicy):
     ) -> Paths:
         """All there is to say of trajectories whose log P_F is known."""
         node_scores, log_joint = condition.model.inside_scores(condition.potentials, trees)
+        log_joint = log_joint + condition.model.log_prior_weight(trees)
         samples = trees.start.shape[1]
         backward = self._log_backward(condition, trees, merges)
         if score_from is not None:

@@ -13,6 +13,7 @@ from gfnem.tasks.grammar.brackets import Reading
 from gfnem.tasks.grammar.data import UNKNOWN, GrammarData, Vocabulary
 from gfnem.tasks.grammar.model import ParsingModel, check_positive
 from gfnem.tasks.grammar.potentials import Grammar
+from gfnem.tasks.grammar.tree_prior import TreePrior
 
 # Rounds of as many draws as sentences are wanted.
 ROUNDS = 200
@@ -27,7 +28,7 @@ class RandomPCFG(ParsingModel):
     sharpness: standard deviation of the rules' logits, which are normal. At 0 all rules are alike
         and so are all trees of a sentence; the larger it is, the fewer rules matter.
     rules_seed: of the rules.
-    max_length, tries, latent: as for `GrammarModel`.
+    max_length, tries, latent, tree_prior: as for `GrammarModel`.
     """
 
     is_truth = True
@@ -42,8 +43,9 @@ class RandomPCFG(ParsingModel):
         max_length: int = 6,
         tries: int = 4,
         latent: Literal["shape", "labelled"] = "shape",
+        tree_prior: TreePrior | None = None,
     ):
-        super().__init__(latent, max_length, tries)
+        super().__init__(latent, max_length, tries, tree_prior)
         check_positive(nonterminals=nonterminals, preterminals=preterminals)
         if not sharpness >= 0:
             raise UserError(f"data.sharpness is {sharpness}; it must not be negative")

@@ -2,7 +2,8 @@
 
 A root v over words i, ..., j - 1 has flow g(v) = log sum_A exp(o(i, j, A)) in_v[A], where in_v are
 the grammar's own messages and o comes from one encoder pass. Merging l and r into v has the logit
-g(v) - g(l) - g(r) + log size(v), the change of log flow plus the logit of the order-uniform P_B.
+g(v) - g(l) - g(r) + log size(v), the change of log flow plus the logit of the order-uniform P_B,
+and what the node adds to a tree prior's -E(shape) / T, which every flow has of the nodes below.
 No network runs along a trajectory, and the policy follows every M-step at once.
 
 Where rules see the parent, in_v[A] = sum_P w(i, j, P) in_v[A | P]: what may stand above the root
@@ -78,6 +79,11 @@ class _RootFlowScores(ScoresAtOnce):
         self.message = forest.message.new_zeros(rows, candidates, *forest.message.shape[2:])
         self.log_scale = forest.log_scale.new_zeros(rows, candidates)
         self.seen: list[Tensor] = []
+        self.prior = condition.model.tree_prior
+        # What the nodes of candidates add to the prior; its states are of words, then candidates.
+        self.log_prior = forest.log_scale.new_zeros(rows, candidates)
+        if self.prior is not None:
+            self.prior_state = self.prior.energy.word().repeat(rows, slots + candidates, 1)
         self.value = forest.log_scale.new_zeros(rows, slots + candidates)
         word = condition.potentials.log_word + condition.encoding.word_score.detach()
         self.value[:, :slots] = word[forest.sentence]
@@ -109,6 +115,12 @@ class _RootFlowScores(ScoresAtOnce):
         self.value[rows, self.length + candidate] = label.logsumexp(-1)
         size = (end - start - 1).to(label.dtype)
         below = self.value[rows, left] + self.value[rows, right]
+        if self.prior is not None:
+            left, right = self.prior_state[rows, left], self.prior_state[rows, right]
+            state, log_prior = self.prior.node(left, right, forest.lengths[rows])
+            self.prior_state[rows, self.length + candidate] = state
+            self.log_prior[rows, candidate] = log_prior.to(label.dtype)
+        below = below - self.log_prior[rows, candidate]
         self.label_logit[rows, gap] = label + (size.log() - below)[:, None]
 
     def _label_scores(
@@ -173,6 +185,7 @@ class _RootFlowScores(ScoresAtOnce):
         values = torch.cat([word[forest.sentence], value], 1)
         size = (self.end - self.start - 1).to(total.dtype).log()
         logit = total + size - values.gather(1, self.left) - values.gather(1, self.right)
+        logit = logit + self.log_prior
         seen = torch.stack(self.seen, 1)
         step = torch.arange(forest.steps, device=seen.device)[:, None]
         is_open = forest.exists[:, None] & (forest.time[:, None] >= step)

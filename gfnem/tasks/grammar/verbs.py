@@ -54,11 +54,15 @@ def parse(
 def generate(em: EM, n: int = 16) -> Iterator[str]:
     """Sentences drawn from the grammar: words, a tab and the bracketed tree, a line each.
 
+    A tree prior has no part in it, as a note on standard error says where there is one.
+
     Raises UserError for n below 1.
     """
     if n < 1:
         raise UserError(f"n is {n}; it must be at least 1")
     data = _data(em)
+    if not em.model.normalised:
+        print("drawn from the grammar alone, without its tree prior", file=sys.stderr)
     x, z = em.model.sample(n)
     for sentence, length in enumerate(x.lengths.tolist()):
         ids = x.words[sentence, :length].tolist()

@@ -19,6 +19,8 @@ from gfnem.tasks.grammar.evaluate import GrammarEvaluator, bracketed, parse
 from gfnem.tasks.grammar.f1 import SpanCounts
 from gfnem.tasks.grammar.model import ParsingModel
 from gfnem.tasks.grammar.potentials import Grammar
+from gfnem.tasks.grammar.tree_energy import Depth
+from gfnem.tasks.grammar.tree_prior import TreePrior
 from tests.tasks.grammar import oracle
 
 # The binary trees over five words that have two spans each of the tree over (0, 2), (2, 5), (3, 5).
@@ -214,6 +216,34 @@ def test_importance_weighted_figures_of_a_hand_worked_case():
     bound = -(log((1 + 3 + 1 + 3 + 1) / 5) + log(0.2)) / 7
     assert metrics["valid/iw_nll_per_token"] == pytest.approx(bound)
     assert metrics["valid/effective_samples"] == pytest.approx((16 / 10 + 2) / 2)
+
+
+def test_figures_with_a_tree_prior_are_named_after_what_they_are_of():
+    """A prior of log 2 for each level: left-branching, three words have two and four three."""
+    grammar = FixedGrammar(oracle.random_grammar(seed=6))
+    sentences = [[1, 2, 3], [4, 5, 6, 7]]
+    log_weights = torch.tensor([[1.0, 3.0], [0.2, 0.2]]).double().log()
+    posterior = FixedPosterior([[left(3)] * 2, [right(4)] * 2], log_weights)
+    evaluator = GrammarEvaluator(
+        Data(sentences), samples=2, iw_samples=5, select="posterior_gap", train_sentences=2
+    )
+    without = evaluator(grammar, posterior, "test", final=True)
+    assert evaluator.selection == "valid/posterior_gap"
+    grammar.tree_prior = TreePrior(Depth(), strength=log(2))
+    metrics = evaluator(grammar, posterior, "test", final=True)
+    assert evaluator.selection == "valid/free_energy"
+    for same in ("nll_per_token", "perplexity", "effective_samples", "distinct_trees"):
+        assert metrics.get(f"test/{same}") == without.get(f"test/{same}")
+    # Taken out of the weights, the prior multiplies them by 4 and by 8.
+    bound = -(log(4 * 9 / 5) + log(8 * 0.2)) / 7
+    assert metrics["test/iw_nll_per_token"] == pytest.approx(bound, abs=1e-6)
+    mean_log = (2 * log(3) / 5, log(0.2))
+    assert metrics["test/free_energy"] == pytest.approx(-sum(mean_log) / 2)
+    assert metrics["test/iw_free_energy"] == pytest.approx(-(log(9 / 5) + log(0.2)) / 2)
+    assert metrics["train/free_energy"] == pytest.approx(-(log(3) / 2 + log(0.2)) / 2)
+    assert not any("exact" in key or "posterior_gap" in key for key in metrics)
+    grammars = {key.replace("exact", "grammar") for key in without if "exact" in key}
+    assert grammars <= set(metrics)
 
 
 def test_distinct_trees_and_right_edge_of_a_hand_worked_case():
