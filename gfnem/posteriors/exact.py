@@ -22,6 +22,11 @@ class TractableModel(LatentVariableModel, ABC):
         """Whether it is for the sizes at hand."""
         return True
 
+    @property
+    def tractable_sizes(self) -> str:
+        """The sizes that it is tractable for, in brackets, as a part of error messages."""
+        return ""
+
     @abstractmethod
     def log_likelihood(self, x: Any) -> Float[Tensor, "batch"] | None:
         """Exact log p(x) in nats, differentiable; None where the model is not `tractable`."""
@@ -106,8 +111,8 @@ class ExactPosterior(Posterior):
             )
         if not model.tractable:
             raise UserError(
-                f"posterior=exact: this {type(model).__name__} is too large for it; "
-                "make it smaller or use posterior=gflownet"
+                f"posterior=exact: this {type(model).__name__} is too large for it"
+                f"{model.tractable_sizes}; make it smaller or use posterior=gflownet"
             )
         return model
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -19,11 +20,88 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gfnem.categorical import sample_categorical
-from gfnem.tasks.grammar.potentials import MergePotentials
+from gfnem.tasks.grammar.potentials import MergePotentials, Potentials, Same
+
+
+class AveragedRules(NamedTuple):
+    """Rules without a context, as in `Potentials`."""
+
+    rules: Float[Tensor, "nonterminals nonterminals nonterminals"]
+    left: Float[Tensor, "batch length nonterminals nonterminals"]
+    right: Float[Tensor, "batch length nonterminals nonterminals"]
+    both: Float[Tensor, "batch gaps nonterminals"]
+
+
+class ContextPotentials(MergePotentials):
+    """What a grammar whose rules see their context says of the words of a batch of sentences.
+
+    Contexts are nonterminals, then S. How rules are stored is left to subclasses.
+
+    preterminal: p(T -> w_i | T, A), mean over A, divided by its sum over T: what encoders see.
+    log_scale: every p(T -> w_i | T, A) is divided by exp(log_scale[i]), their maximum.
+    log_word: log of the mean over T and A of p(T -> w_i | T, A).
+    root, lengths: as in `Potentials`.
+    """
+
+    def detach(self: Same) -> Same:
+        """The same without gradients."""
+        this: Any = self
+        return replace(this, **{f.name: getattr(this, f.name).detach() for f in fields(this)})
+
+    def average(self, message: Tensor, whole: Tensor, weights: Tensor | None = None) -> Tensor:
+        under_s, others = message[..., -1, :], message[..., :-1, :]
+        if weights is None:
+            average = others.mean(-2)
+        else:
+            average = (weights[..., None, :] @ others).squeeze(-2)
+        return torch.where(whole[..., None], under_s, average)
+
+    @abstractmethod
+    def inner_rules(
+        self, label: Int[Tensor, "spans"], context: Int[Tensor, "spans"]
+    ) -> Float[Tensor, "spans nonterminals nonterminals"]:
+        """p(A -> B C | A, P) of given A and P, both children nonterminals."""
+
+    @abstractmethod
+    def word_left_rules(
+        self,
+        sentence: Int[Tensor, "spans"],
+        position: Int[Tensor, "spans"],
+        label: Int[Tensor, "spans"],
+        context: Int[Tensor, "spans"],
+    ) -> Float[Tensor, "spans nonterminals"]:
+        """Sum over T of p(A -> T C | A, P) p(T -> w | T, A), the word on the left; by C."""
+
+    @abstractmethod
+    def word_right_rules(
+        self,
+        sentence: Int[Tensor, "spans"],
+        position: Int[Tensor, "spans"],
+        label: Int[Tensor, "spans"],
+        context: Int[Tensor, "spans"],
+    ) -> Float[Tensor, "spans nonterminals"]:
+        """Sum over T of p(A -> B T | A, P) p(T -> w | T, A), the word on the right; by B."""
+
+    @abstractmethod
+    def rule_probabilities(
+        self,
+        sentence: Int[Tensor, "spans"],
+        start: Int[Tensor, "spans"],
+        end: Int[Tensor, "spans"],
+        label: Int[Tensor, "spans"],
+        context: Int[Tensor, "spans"],
+        left: Int[Tensor, "spans"],
+        right: Int[Tensor, "spans"],
+    ) -> Float[Tensor, "spans"]:
+        """Of one rule for each span; a child's label is -1 for the span's first or last word."""
+
+    @abstractmethod
+    def averaged(self, weight: Float[Tensor, "nonterminals contexts"]) -> AveragedRules:
+        """Context-free rules: sums over contexts P, with weights that depend on A and P."""
 
 
 @dataclass(frozen=True)
-class AnnotatedPotentials(MergePotentials):
+class AnnotatedPotentials(ContextPotentials):
     """What an annotated grammar says of the words of a batch of sentences, as probabilities.
 
     Contexts are nonterminals, then S. Labels come first, as each has rules of its own.
@@ -51,6 +129,21 @@ class AnnotatedPotentials(MergePotentials):
     log_word: Float[Tensor, "batch length"]
     lengths: Int[Tensor, "batch"]
 
+    @staticmethod
+    def of_context_free(potentials: Potentials) -> AnnotatedPotentials:
+        """Rules that see no parent as rules that have one context; views."""
+        return AnnotatedPotentials(
+            root=potentials.root,
+            rules=potentials.rules[:, None],
+            left=potentials.left[..., None, :],
+            right=potentials.right[..., None, :],
+            both=potentials.both[..., None],
+            preterminal=potentials.preterminal,
+            log_scale=potentials.log_scale,
+            log_word=potentials.log_word,
+            lengths=potentials.lengths,
+        )
+
     @property
     def contexts(self) -> int:
         return self.rules.shape[1]
@@ -73,18 +166,49 @@ class AnnotatedPotentials(MergePotentials):
         pairs = (left[:, :-1, :, None] * right[:, :-1, None]).flatten(2)
         return torch.bmm(pairs.transpose(0, 1), self._pairs_to_contexts).permute(1, 2, 0)
 
-    def average(self, message: Tensor, whole: Tensor, weights: Tensor | None = None) -> Tensor:
-        under_s, others = message[..., -1, :], message[..., :-1, :]
-        if weights is None:
-            average = others.mean(-2)
-        else:
-            average = (weights[..., None, :] @ others).squeeze(-2)
-        return torch.where(whole[..., None], under_s, average)
+    def inner_rules(self, label: Tensor, context: Tensor) -> Tensor:
+        return self.rules[label, context]
 
-    def detach(self) -> AnnotatedPotentials:
-        """The same without gradients."""
-        tables = ("root", "rules", "left", "right", "both", "preterminal", "log_word")
-        return replace(self, **{name: getattr(self, name).detach() for name in tables})
+    def word_left_rules(
+        self, sentence: Tensor, position: Tensor, label: Tensor, context: Tensor
+    ) -> Tensor:
+        return self.left[sentence, position, label, context]
+
+    def word_right_rules(
+        self, sentence: Tensor, position: Tensor, label: Tensor, context: Tensor
+    ) -> Tensor:
+        return self.right[sentence, position, label, context]
+
+    def rule_probabilities(
+        self,
+        sentence: Tensor,
+        start: Tensor,
+        end: Tensor,
+        label: Tensor,
+        context: Tensor,
+        left: Tensor,
+        right: Tensor,
+    ) -> Tensor:
+        word_left, word_right = left < 0, right < 0
+        kinds = (
+            (word_left & word_right, self.both, (sentence, start, label, context)),
+            (word_left & ~word_right, self.left, (sentence, start, label, context, right)),
+            (~word_left & word_right, self.right, (sentence, end - 1, label, context, left)),
+            (~word_left & ~word_right, self.rules, (label, context, left, right)),
+        )
+        probability = self.rules.new_zeros(label.shape)
+        for chosen, table, at in kinds:
+            values = table[tuple(index[chosen] for index in at)]
+            probability = probability.masked_scatter(chosen, values)
+        return probability
+
+    def averaged(self, weight: Tensor) -> AveragedRules:
+        return AveragedRules(
+            rules=torch.einsum("apbc,ap->abc", self.rules, weight),
+            left=torch.einsum("niapc,ap->niac", self.left, weight),
+            right=torch.einsum("niapb,ap->niab", self.right, weight),
+            both=torch.einsum("niap,ap->nia", self.both, weight),
+        )
 
 
 class AnnotatedGrammar(ABC):
@@ -117,7 +241,7 @@ class AnnotatedGrammar(ABC):
     @abstractmethod
     def potentials(
         self, words: Int[Tensor, "batch length"], lengths: Int[Tensor, "batch"]
-    ) -> AnnotatedPotentials:
+    ) -> ContextPotentials:
         """With the words summed in, differentiable; words of probability zero are allowed."""
 
     def _emissions(
@@ -132,17 +256,19 @@ class AnnotatedGrammar(ABC):
         return (log_emission - log_scale[..., None]).exp(), log_scale
 
 
-def _preterminal(
+def mean_preterminal(
     emission: Float[Tensor, "nonterminals batch length preterminals"],
 ) -> Float[Tensor, "batch length preterminals"]:
+    """`ContextPotentials.preterminal`."""
     mean = emission.mean(0)
     return mean / (mean.sum(-1, keepdim=True) + torch.finfo(mean.dtype).tiny)
 
 
-def _log_word(
+def mean_log_word(
     emission: Float[Tensor, "nonterminals batch length preterminals"],
     log_scale: Float[Tensor, "batch length"],
 ) -> Float[Tensor, "batch length"]:
+    """`ContextPotentials.log_word`."""
     mean = emission.mean((0, 3))
     return mean.clamp(min=torch.finfo(mean.dtype).tiny).log() + log_scale
 
@@ -233,56 +359,8 @@ class DenseGrammar(AnnotatedGrammar):
             left=left,
             right=right,
             both=both,
-            preterminal=_preterminal(emission),
+            preterminal=mean_preterminal(emission),
             log_scale=log_scale,
-            log_word=_log_word(emission, log_scale),
-            lengths=lengths,
-        )
-
-
-@dataclass(frozen=True)
-class LowRankGrammar(AnnotatedGrammar):
-    """p(B C | A, P) = sum over r of p(r | A, P) p(B | r) p(C | r): few numbers for many symbols.
-
-    mixture: log p(r | A, P), indexed [P, A, r].
-    left, right: log p(B | r) and log p(C | r).
-    """
-
-    root: Float[Tensor, "nonterminals"]
-    mixture: Float[Tensor, "contexts nonterminals rank"]
-    left: Float[Tensor, "rank symbols"]
-    right: Float[Tensor, "rank symbols"]
-    emission: Float[Tensor, "nonterminals preterminals vocabulary"]
-
-    def draw_children(
-        self, label: Tensor, context: Tensor, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor]:
-        rank = sample_categorical(self.mixture[context, label].exp(), generator)
-        return (
-            sample_categorical(self.left[rank].exp(), generator),
-            sample_categorical(self.right[rank].exp(), generator),
-        )
-
-    def potentials(
-        self, words: Int[Tensor, "batch length"], lengths: Int[Tensor, "batch"]
-    ) -> AnnotatedPotentials:
-        nt = self.nonterminals
-        emission, log_scale = self._emissions(words)
-        mixture = self.mixture.transpose(0, 1).exp()
-        left, right = self.left.exp(), self.right.exp()
-        word_left = torch.einsum("anit,rt->anir", emission, left[:, nt:])
-        word_right = torch.einsum("anit,rt->anir", emission, right[:, nt:])
-        given_left = torch.einsum("apr,rb->abpr", mixture, left[:, :nt])
-        given_right = torch.einsum("apr,rc->apcr", mixture, right[:, :nt])
-        both = word_left[:, :, :-1] * word_right[:, :, 1:]
-        return AnnotatedPotentials(
-            root=self.root.exp(),
-            rules=torch.einsum("abpr,rc->apbc", given_left, right[:, :nt]),
-            left=torch.einsum("anir,apcr->niapc", word_left, given_right),
-            right=torch.einsum("anir,abpr->niapb", word_right, given_left),
-            both=torch.einsum("anir,apr->niap", both, mixture),
-            preterminal=_preterminal(emission),
-            log_scale=log_scale,
-            log_word=_log_word(emission, log_scale),
+            log_word=mean_log_word(emission, log_scale),
             lengths=lengths,
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gfnem.categorical import sample_categorical
-from gfnem.tasks.grammar.annotated import AnnotatedPotentials
+from gfnem.tasks.grammar.annotated import AnnotatedPotentials, ContextPotentials
 from gfnem.tasks.grammar.messages import (
     INNER,
     LEAVES,
@@ -31,7 +31,7 @@ from gfnem.tasks.grammar.tree import Trees
 
 
 def log_joint_labelled(
-    potentials: AnnotatedPotentials, trees: Trees
+    potentials: ContextPotentials, trees: Trees
 ) -> Float[Tensor, "batch samples"]:
     """log p(x, labelled tree), preterminals summed over each word, by gathers.
 
@@ -69,31 +69,47 @@ def log_joint_shape(
     return value.view(trees.start.shape[:2]) + potentials.total_log_scale[:, None]
 
 
+def labelled_scores(
+    potentials: ContextPotentials, trees: Trees
+) -> tuple[Float[Tensor, "batch samples nodes"], Float[Tensor, "batch samples"]]:
+    """What the grammar says of the words under each node of labelled trees, and log p(x, tree).
+
+    The former counts the rules whose context the node's own label completes: those of the nodes
+    below it, without its own.
+    """
+    rules = rule_scores(potentials, trees, contexts(trees, len(potentials.root)))
+    own = torch.eye(rules.shape[-1], dtype=torch.bool, device=rules.device)
+    scores = torch.where(under(trees) & ~own, rules[..., None, :], 0.0).sum(-1)
+    log_joint = rules.sum(-1) + root_score(potentials, trees) + potentials.total_log_scale[:, None]
+    return scores + scales_under(potentials, trees), log_joint
+
+
 def inside_scores(
     potentials: AnnotatedPotentials, trees: Trees
 ) -> tuple[Float[Tensor, "batch samples nodes"], Float[Tensor, "batch samples"]]:
-    """What the grammar says of the words under each node, and log p(x, tree); no gradients.
+    """What the grammar says of the words under each node of shapes, and log p(x, shape).
 
     The former is the logarithm of sum over A of p(words under the node, shape below it | A, P),
-    averaged over the nonterminals P, for shapes. In labelled trees it counts the rules whose
-    context the node's own label completes: those of the nodes below it, without its own.
+    averaged over the nonterminals P. No gradients.
     """
-    words = scales_under(potentials, trees)
-    if trees.labels is not None:
-        rules = rule_scores(potentials, trees, contexts(trees, len(potentials.root)))
-        log_joint = rules.sum(-1) + root_score(potentials, trees)
-        own = torch.eye(rules.shape[-1], dtype=torch.bool, device=rules.device)
-        scores = torch.where(under(trees) & ~own, rules[..., None, :], 0.0).sum(-1) + words
-    else:
-        levels = Levels.of(trees)
-        p = potentials
-        up = _upward(levels, p.rules, p.left, p.right, p.both)
-        inner = torch.zeros_like(levels.row, dtype=torch.bool)
-        nodes = p.average(up.message, inner).sum(-1).log() + up.log_scale
-        scores = levels.by_gap(nodes, trees) + words
-        root = (up.message[levels.root, -1] @ p.root).log() + up.log_scale[levels.root]
-        log_joint = root.view(words.shape[:2])
-    return scores, log_joint + potentials.total_log_scale[:, None]
+    levels, p = Levels.of(trees), potentials
+    up = _upward(levels, p.rules, p.left, p.right, p.both)
+    return shape_scores(p, trees, levels, up.message, up.log_scale)
+
+
+def shape_scores(
+    potentials: ContextPotentials,
+    trees: Trees,
+    levels: Levels,
+    message: Float[Tensor, "total contexts nonterminals"],
+    log_scale: Float[Tensor, "total"],
+) -> tuple[Float[Tensor, "batch samples nodes"], Float[Tensor, "batch samples"]]:
+    """`inside_scores` of all nodes' messages and their scales."""
+    inner = torch.zeros_like(levels.row, dtype=torch.bool)
+    nodes = potentials.average(message, inner).sum(-1).log() + log_scale
+    top = (message[levels.root, -1] @ potentials.root).log() + log_scale[levels.root]
+    log_joint = top.view(trees.start.shape[:2]) + potentials.total_log_scale[:, None]
+    return levels.by_gap(nodes, trees) + scales_under(potentials, trees), log_joint
 
 
 def sample_labels(

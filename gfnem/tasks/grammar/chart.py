@@ -38,8 +38,8 @@ from gfnem.posteriors.gflownet import (
     trajectories_of_choices,
 )
 from gfnem.posteriors.sequence_env import SequenceEnv
-from gfnem.tasks.grammar import annotated_inside, inside
-from gfnem.tasks.grammar.annotated import AnnotatedPotentials
+from gfnem.tasks.grammar import inside
+from gfnem.tasks.grammar.annotated import AnnotatedPotentials, ContextPotentials
 from gfnem.tasks.grammar.annotated_messages import contexts
 from gfnem.tasks.grammar.chart_estimators import ChartEstimator
 from gfnem.tasks.grammar.data import Sentences
@@ -113,8 +113,8 @@ class ChartCondition:
 
     sentences: Sentences
     model: GrammarModel
-    model_potentials: Potentials | AnnotatedPotentials
-    potentials: AnnotatedPotentials
+    model_potentials: Potentials | ContextPotentials
+    potentials: ContextPotentials
     vectors: SpanTable
     scales: SpanTable
     encode: Callable[[], SpanEncoding]
@@ -180,9 +180,9 @@ class ChartCondition:
             weights=(scale - largest).exp(),
             left=left,
             right=right,
-            rules=table.rules[spans.label, context],
-            word_left=table.left[row, spans.start, spans.label, context] * right[:, 0],
-            word_right=table.right[row, last, spans.label, context] * left[wide],
+            rules=table.inner_rules(spans.label, context),
+            word_left=table.word_left_rules(row, spans.start, spans.label, context) * right[:, 0],
+            word_right=table.word_right_rules(row, last, spans.label, context) * left[wide],
         )
 
     def _child(
@@ -252,13 +252,16 @@ class ChartPolicy(NumberedPolicy):
             )
         if self.guide == "exact" and not model.tractable:
             raise UserError(
-                f"policy.guide=exact: this {type(model).__name__} is too large for it; make it "
-                "smaller or use policy.guide=relaxation"
+                f"policy.guide=exact: this {type(model).__name__} is too large for it"
+                f"{model.tractable_sizes}; make it smaller or use policy.guide=relaxation"
             )
 
     def condition(self, model: GrammarModel, x: Sentences) -> ChartCondition:
         model_potentials = model.potentials(x)
-        potentials = _annotated(model_potentials).detach()
+        potentials = model_potentials
+        if isinstance(potentials, Potentials):
+            potentials = AnnotatedPotentials.of_context_free(potentials)
+        potentials = potentials.detach()
         with torch.no_grad():
             vectors, scales = self._guide(model, potentials)
         gradients = torch.is_grad_enabled()
@@ -274,10 +277,11 @@ class ChartPolicy(NumberedPolicy):
         return self.last_condition
 
     def _guide(
-        self, model: GrammarModel, potentials: AnnotatedPotentials
+        self, model: GrammarModel, potentials: ContextPotentials
     ) -> tuple[SpanTable, SpanTable]:
         """Inside scores [context, label] and their logarithmic scales."""
-        batch, length, _, contexts, nonterminals = potentials.left.shape
+        batch, length = potentials.log_scale.shape
+        nonterminals, contexts = len(potentials.root), potentials.contexts
         if self.guide == "none":
             like = potentials.root
             vectors = SpanTable.zeros(like, length, batch, contexts, nonterminals)
@@ -288,20 +292,20 @@ class ChartPolicy(NumberedPolicy):
             return vectors, SpanTable.zeros(like, length, batch)
         if isinstance(model, AnnotatedModel):
             if self.guide == "exact":
-                return annotated_inside.inside_scores(potentials)
+                return model.chart(potentials)
             return self._relaxed(potentials)
         return _context_free(potentials, potentials.root.new_ones(nonterminals, 1))
 
-    def _relaxed(self, potentials: AnnotatedPotentials) -> tuple[SpanTable, SpanTable]:
+    def _relaxed(self, potentials: ContextPotentials) -> tuple[SpanTable, SpanTable]:
         weight = self.usage + PRIOR
-        weight = (weight / weight.sum(-1, keepdim=True)).to(potentials.rules.dtype)
+        weight = (weight / weight.sum(-1, keepdim=True)).to(potentials.root.dtype)
         vectors, scales = _context_free(potentials, weight)
         by_start, by_end = (
             table.repeat_interleave(weight.shape[1], -2)
             for table in (vectors.by_start, vectors.by_end)
         )
         vectors = SpanTable(by_start, by_end)
-        exact = potentials.both.permute(1, 0, 3, 2)
+        exact = potentials.two_words().transpose(0, 1)
         peak = exact.amax((-1, -2))
         vectors.put(2, exact / torch.where(peak > 0, peak, 1.0)[..., None, None])
         scales.put(2, peak.log())
@@ -613,35 +617,12 @@ class ChartPolicy(NumberedPolicy):
         return list(self.encoder.flow.parameters())
 
 
-def _annotated(potentials: Potentials | AnnotatedPotentials) -> AnnotatedPotentials:
-    """Rules that see no parent as rules that have one context."""
-    if isinstance(potentials, AnnotatedPotentials):
-        return potentials
-    return AnnotatedPotentials(
-        root=potentials.root,
-        rules=potentials.rules[:, None],
-        left=potentials.left[..., None, :],
-        right=potentials.right[..., None, :],
-        both=potentials.both[..., None],
-        preterminal=potentials.preterminal,
-        log_scale=potentials.log_scale,
-        log_word=potentials.log_word,
-        lengths=potentials.lengths,
-    )
-
-
 def _context_free(
-    potentials: AnnotatedPotentials, weight: Float[Tensor, "nonterminals contexts"]
+    potentials: ContextPotentials, weight: Float[Tensor, "nonterminals contexts"]
 ) -> tuple[SpanTable, SpanTable]:
     """Inside scores, [one context, label], of rules averaged over contexts with weights."""
-    vectors, scales = inside.inside_scores(
-        root=potentials.root,
-        rules=torch.einsum("apbc,ap->abc", potentials.rules, weight),
-        left=torch.einsum("niapc,ap->niac", potentials.left, weight),
-        right=torch.einsum("niapb,ap->niab", potentials.right, weight),
-        both=torch.einsum("niap,ap->nia", potentials.both, weight),
-        lengths=potentials.lengths,
-    )
+    averaged = potentials.averaged(weight)
+    vectors, scales = inside.inside_scores(potentials.root, *averaged, potentials.lengths)
     return SpanTable(vectors.by_start[..., None, :], vectors.by_end[..., None, :]), scales
 
 

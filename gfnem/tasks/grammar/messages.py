@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gfnem.categorical import sample_categorical
-from gfnem.tasks.grammar.annotated import AnnotatedPotentials
+from gfnem.tasks.grammar.annotated import AnnotatedPotentials, ContextPotentials
 from gfnem.tasks.grammar.potentials import MergePotentials, Potentials
 from gfnem.tasks.grammar.tree import Trees
 
@@ -263,7 +263,7 @@ def log_joint_labelled(potentials: Potentials, trees: Trees) -> Float[Tensor, "b
 
 
 def root_score(
-    potentials: Potentials | AnnotatedPotentials, trees: Trees
+    potentials: Potentials | ContextPotentials, trees: Trees
 ) -> Float[Tensor, "batch samples"]:
     """log p(S -> A) of each tree's topmost label."""
     assert trees.labels is not None
@@ -272,40 +272,31 @@ def root_score(
 
 
 def rule_scores(
-    potentials: Potentials | AnnotatedPotentials,
+    potentials: Potentials | ContextPotentials,
     trees: Trees,
     context: Int[Tensor, "batch samples nodes"] | None = None,
 ) -> Float[Tensor, "batch samples nodes"]:
     """log-probability of the rule at each node, up to the scales of its words; 0 for no node.
 
-    context: the symbol above each node, where rules see it.
+    context: the symbol above each node; None where rules do not see it.
 
     Raises ValueError when the trees have no labels.
     """
     if trees.labels is None:
         raise ValueError("labelled trees are needed; these are shapes")
-    left, right = trees.children()
-    batch, _, nodes = trees.start.shape
-    sentence = torch.arange(batch, device=left.device)[:, None, None]
-    gap = torch.arange(nodes, device=left.device)
-    label = trees.labels.clamp(min=0)
-    below_left = label.gather(-1, left.clamp(min=0))
-    below_right = label.gather(-1, right.clamp(min=0))
-    head = (label,) if context is None else (label, context)
-    word_left, word_right = left < 0, right < 0
-    last = (trees.end - 1).clamp(min=0)
-    tables = (
-        (word_left & word_right, potentials.both, (sentence, gap, *head)),
-        (word_left & ~word_right, potentials.left, (sentence, trees.start, *head, below_right)),
-        (~word_left & word_right, potentials.right, (sentence, last, *head, below_left)),
-        (~word_left & ~word_right, potentials.rules, (*head, below_left, below_right)),
-    )
-    score = potentials.rules.new_zeros(label.shape)
-    for kind, table, at in tables:
-        chosen = kind & trees.exists
-        values = log(table[tuple(i.expand_as(label)[chosen] for i in at)])
-        score = score.masked_scatter(chosen, values)
-    return score
+    if isinstance(potentials, Potentials):
+        potentials = AnnotatedPotentials.of_context_free(potentials)
+        context = torch.zeros_like(trees.labels)
+    assert context is not None
+    below = [
+        torch.where(child < 0, -1, trees.labels.gather(-1, child.clamp(min=0)))
+        for child in trees.children()
+    ]
+    exists = trees.exists
+    sentence = torch.arange(len(exists), device=exists.device)[:, None, None].expand_as(exists)
+    at = (sentence, trees.start, trees.end, trees.labels, context, *below)
+    values = log(potentials.rule_probabilities(*(index[exists] for index in at)))
+    return values.new_zeros(exists.shape).masked_scatter(exists, values)
 
 
 def inside_scores(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -10,39 +11,58 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gfnem.categorical import sample_categorical
-from gfnem.tasks.grammar import annotated_inside, annotated_messages
+from gfnem.tasks.grammar import (
+    annotated_inside,
+    annotated_messages,
+    factored_inside,
+    factored_messages,
+)
 from gfnem.tasks.grammar.annotated import (
     AnnotatedGrammar,
-    AnnotatedPotentials,
+    ContextPotentials,
     DenseGrammar,
-    LowRankGrammar,
 )
 from gfnem.tasks.grammar.data import Sentences
 from gfnem.tasks.grammar.derive import Rules
+from gfnem.tasks.grammar.factored import FactoredPotentials, LowRankGrammar
 from gfnem.tasks.grammar.model import GrammarModel, Residual, check_positive
+from gfnem.tasks.grammar.spans import SpanTable
 from gfnem.tasks.grammar.tree import Trees
 from gfnem.tasks.grammar.tree_prior import TreePrior
 
-# The inside algorithm takes time with the fourth power of the nonterminals.
-MOST_NONTERMINALS = 40
+# The inside algorithm takes time with the fourth power of the nonterminals; where rules are of low
+# rank, with the square.
+MOST_NONTERMINALS, MOST_OF_LOW_RANK = 40, 100
 
 
 class AnnotatedModel(GrammarModel):
-    """A grammar whose rules see the parent; tractable up to 40 nonterminals."""
+    """A grammar whose rules see the parent; tractable up to 40 nonterminals, 100 of low rank.
+
+    rank: of the binary rules; None for one probability for each rule.
+    """
 
     nonterminals: int
+    rank: int | None = None
 
     @abstractmethod
     def grammar(self) -> AnnotatedGrammar:
         """The rules' log-probabilities, differentiable."""
 
-    def potentials(self, x: Sentences) -> AnnotatedPotentials:
+    def potentials(self, x: Sentences) -> ContextPotentials:
         """The grammar with the words of a batch summed in, differentiable."""
         return self.grammar().potentials(x.words, x.lengths)
 
     @property
     def tractable(self) -> bool:
-        return self.nonterminals <= MOST_NONTERMINALS
+        most = MOST_NONTERMINALS if self.rank is None else MOST_OF_LOW_RANK
+        return self.nonterminals <= most
+
+    @property
+    def tractable_sizes(self) -> str:
+        return (
+            f" (model.nonterminals is {self.nonterminals}; at most {MOST_NONTERMINALS}, or "
+            f"{MOST_OF_LOW_RANK} with model.rank=R)"
+        )
 
     def rules(self, generator: torch.Generator | None) -> Rules:
         grammar = self.grammar()
@@ -57,32 +77,55 @@ class AnnotatedModel(GrammarModel):
         return Rules(grammar.root.exp(), expand, emit)
 
     def log_grammar_given(
-        self, potentials: AnnotatedPotentials, z: Trees
+        self, potentials: ContextPotentials, z: Trees
     ) -> Float[Tensor, "batch samples"]:
-        if z.labels is None:
-            return annotated_messages.log_joint_shape(potentials, z)
-        return annotated_messages.log_joint_labelled(potentials, z)
+        if z.labels is not None:
+            return annotated_messages.log_joint_labelled(potentials, z)
+        return _messages(potentials).log_joint_shape(potentials, z)
 
     @torch.no_grad()
     def inside_scores(
-        self, potentials: AnnotatedPotentials, z: Trees
+        self, potentials: ContextPotentials, z: Trees
     ) -> tuple[Float[Tensor, "batch samples nodes"], Float[Tensor, "batch samples"]]:
-        return annotated_messages.inside_scores(potentials, z)
+        if z.labels is not None:
+            return annotated_messages.labelled_scores(potentials, z)
+        return _messages(potentials).inside_scores(potentials, z)
 
     def log_likelihood(self, x: Sentences) -> Float[Tensor, "batch"] | None:
-        return annotated_inside.log_partition(self.potentials(x)) if self.tractable else None
+        if not self.tractable:
+            return None
+        potentials = self.potentials(x)
+        return _inside(potentials).log_partition(potentials)
 
     def sample_posterior(self, x: Sentences, samples: int) -> Trees:
         with torch.no_grad():
-            labelled = self.latent == "labelled"
-            return annotated_inside.sample(self.potentials(x), samples, labelled=labelled)
+            potentials, labelled = self.potentials(x), self.latent == "labelled"
+            return _inside(potentials).sample(potentials, samples, labelled=labelled)
 
     def span_marginals(self, x: Sentences) -> Float[Tensor, "batch length+1 length+1"]:
-        return annotated_inside.span_marginals(self.potentials(x))
+        potentials = self.potentials(x)
+        return _inside(potentials).span_marginals(potentials)
+
+    def chart(self, potentials: ContextPotentials) -> tuple[SpanTable, SpanTable]:
+        """Inside scores of all spans, [context, label], and their logarithmic scales.
+
+        Without gradients; both are 0 for single words.
+        """
+        return _inside(potentials).inside_scores(potentials)
 
     @torch.no_grad()
-    def sample_labels(self, potentials: AnnotatedPotentials, z: Trees) -> Trees:
-        return annotated_messages.sample_labels(potentials, z)
+    def sample_labels(self, potentials: ContextPotentials, z: Trees) -> Trees:
+        return _messages(potentials).sample_labels(potentials, z)
+
+
+def _inside(potentials: ContextPotentials) -> ModuleType:
+    """The inside algorithm for rules that are stored like these."""
+    return factored_inside if isinstance(potentials, FactoredPotentials) else annotated_inside
+
+
+def _messages(potentials: ContextPotentials) -> ModuleType:
+    """Messages along given trees for rules that are stored like these."""
+    return factored_messages if isinstance(potentials, FactoredPotentials) else annotated_messages
 
 
 class NeuralNCFG(AnnotatedModel):
@@ -115,6 +158,7 @@ class NeuralNCFG(AnnotatedModel):
         if rank is not None:
             check_positive(rank=rank)
         self.nonterminals = nonterminals
+        self.rank = rank
         symbols = nonterminals + preterminals
         self.start = nn.Parameter(torch.randn(1, width))
         self.symbol = nn.Parameter(torch.randn(symbols, width))
@@ -129,7 +173,10 @@ class NeuralNCFG(AnnotatedModel):
         outputs = symbols * symbols if rank is None else rank
         self.binary_rules = nn.Sequential(Residual(width), nn.Linear(width, outputs))
         self.child_rules = nn.ModuleList(
-            nn.Linear(width, rank) for _ in ("left", "right") if rank is not None
+            # A bias would be the same for all symbols.
+            nn.Linear(width, rank, bias=False)
+            for _ in ("left", "right")
+            if rank is not None
         )
         self.emission_rules = nn.Sequential(
             nn.Linear(width, width), Residual(width), Residual(width), nn.Linear(width, vocabulary)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -49,9 +49,11 @@ class MergePotentials(ABC):
     that A's rules see beside it. Contexts are the labels that may stand above, then S; rules that
     see nothing have one context for all.
 
+    of_grammar: names of what is there once for all sentences.
     root, log_scale, log_word, preterminal, lengths: as in `Potentials`.
     """
 
+    of_grammar: ClassVar[set[str]] = {"root", "rules"}
     root: Float[Tensor, "nonterminals"]
     log_scale: Float[Tensor, "batch length"]
     log_word: Float[Tensor, "batch length"]
@@ -67,7 +69,7 @@ class MergePotentials(ABC):
     def select(self: Same, rows: Int[Tensor, "rows"]) -> Same:
         """The same of chosen sentences, which may repeat."""
         this: Any = self
-        of_words = {f.name for f in fields(this)} - {"root", "rules"}
+        of_words = {f.name for f in fields(this)} - self.of_grammar
         return replace(this, **{name: getattr(this, name)[rows] for name in of_words})
 
     @property

@@ -152,16 +152,6 @@ def test_long_sentences_stay_finite_in_single_precision():
     torch.testing.assert_close(value.detach().double(), exact, rtol=1e-5, atol=0)
 
 
-def test_rules_of_low_rank_are_those_of_the_dense_grammar():
-    words, lengths = oracle.random_sentences([6, 3, 4], seed=7)
-    low_rank = annotated_oracle.random_low_rank_grammar(seed=7)
-    dense = annotated_oracle.as_dense(low_rank)
-    torch.testing.assert_close(dense.binary.flatten(2).logsumexp(-1), torch.zeros(4, 3).double())
-    ours, theirs = (grammar.potentials(words, lengths) for grammar in (low_rank, dense))
-    for name in ("root", "rules", "left", "right", "both", "preterminal", "log_scale"):
-        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name))
-
-
 def test_two_words_by_hand():
     # Under S: A -> T U (1/4), A -> U T (3/4); under anything else nothing.
     binary = torch.full((2, 1, 3, 3), -inf, dtype=torch.float64)

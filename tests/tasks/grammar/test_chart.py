@@ -16,9 +16,10 @@ from gfnem.posterior import Latents
 from gfnem.posteriors.gflownet import Behaviour, GFlowNetPosterior
 from gfnem.posteriors.refinement import BackAndForth
 from gfnem.tasks.grammar import inside
-from gfnem.tasks.grammar.annotated import DenseGrammar
+from gfnem.tasks.grammar.annotated import AnnotatedPotentials, DenseGrammar
 from gfnem.tasks.grammar.chart import ChartPolicy
 from gfnem.tasks.grammar.data import Sentences, toy_english
+from gfnem.tasks.grammar.factored import LowRankGrammar
 from gfnem.tasks.grammar.ncfg import AnnotatedModel, NeuralNCFG
 from gfnem.tasks.grammar.tree import Trees
 from gfnem.tasks.mixture.data import sampled
@@ -59,6 +60,28 @@ class FixedNCFG(AnnotatedModel):
         raise NotImplementedError("these rules are for given sentences")
 
 
+class FixedLowRankNCFG(FixedNCFG):
+    """The same of rules of low rank."""
+
+    nonterminals, rank = NONTERMINALS, 3
+
+    def __init__(self, latent: Any, seed: int = 0):
+        AnnotatedModel.__init__(self)
+        grammar = annotated_oracle.random_low_rank_grammar(NONTERMINALS, 3, 3, seed=seed)
+        self.tables = nn.ParameterList(vars(grammar).values())
+        self.latent = latent
+
+    def grammar(self) -> Any:
+        return LowRankGrammar(*self.tables)
+
+    def dense(self) -> FixedNCFG:
+        """The same rules one by one."""
+        model = FixedNCFG(self.latent)
+        with torch.no_grad():
+            model.load_state_dict(vars(annotated_oracle.as_dense(self.grammar())), strict=False)
+        return model
+
+
 def make_policy(latent: Any, guide: Any, noise: float = 0.3, seed: int = 0) -> ChartPolicy:
     torch.manual_seed(seed)
     policy = ChartPolicy(NONTERMINALS, 3, 8, latent, guide, width=8)
@@ -96,12 +119,16 @@ def test_probabilities_of_all_labelled_trees_sum_to_one(guide):
         assert min(q.values()) > 0
 
 
+@pytest.mark.parametrize("low_rank", [False, True])
 @pytest.mark.parametrize("latent", LATENTS)
-def test_an_exact_guide_gives_the_posterior(latent):
-    model, policy = FixedNCFG(latent, seed=1), ChartPolicy(NONTERMINALS, 3, 8, latent, "exact")
+def test_an_exact_guide_gives_the_posterior(latent, low_rank):
+    model = FixedLowRankNCFG(latent, seed=1) if low_rank else FixedNCFG(latent, seed=1)
+    grammar: Any = model.grammar()
+    rules = annotated_oracle.as_dense(grammar) if low_rank else grammar
+    policy = ChartPolicy(NONTERMINALS, 3, 8, latent, "exact")
     x = sentences([4, 2, 5, 3])
     for index, q in enumerate(q_of(policy, model, x)):
-        joint = annotated_oracle.enumerate_labelled(model.grammar(), words_of(x, index))
+        joint = annotated_oracle.enumerate_labelled(rules, words_of(x, index))
         exact = oracle.posterior(joint)
         assert q == pytest.approx(exact, abs=1e-12)
     paths = policy.sample(policy.condition(model, x), 6)
@@ -109,6 +136,24 @@ def test_an_exact_guide_gives_the_posterior(latent):
     assert log_likelihood is not None
     torch.testing.assert_close(paths.log_weights, log_likelihood[:, None].expand(-1, 6))
     torch.testing.assert_close(paths.log_joint, model.log_joint(x, paths.z))
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize("latent", LATENTS)
+def test_rules_of_low_rank_are_those_of_the_dense_grammar(latent, guide):
+    model = FixedLowRankNCFG(latent, seed=1)
+    policy = make_policy(latent, guide)
+    policy.usage += torch.rand_like(policy.usage)
+    x = sentences([6, 2, 5, 3])
+    trees = model.sample_posterior(x, 8)
+    ours, theirs = (
+        policy.retrace(policy.condition(one, x), trees) for one in (model, model.dense())
+    )
+    if latent == "labelled":
+        torch.testing.assert_close(ours.log_forward, theirs.log_forward)
+        for one, other in zip(ours.flows(), theirs.flows(), strict=True):
+            torch.testing.assert_close(one, other)
+    torch.testing.assert_close(ours.log_joint, theirs.log_joint)
 
 
 @pytest.mark.parametrize("guide", ["exact", "relaxation"])
@@ -348,6 +393,7 @@ def test_the_relaxation_averages_rules_over_the_parents_counted():
     policy.usage[:] = torch.tensor([[1e9, 0, 0], [0, 1e9, 0]])
     condition = policy.condition(model, x)
     p = condition.potentials
+    assert isinstance(p, AnnotatedPotentials)
     own = torch.arange(2), torch.arange(2)
     vectors, scales = inside.inside_scores(
         p.root,
@@ -379,8 +425,8 @@ def test_only_for_grammars():
 
 def test_an_exact_guide_needs_a_grammar_of_moderate_size():
     posterior = GFlowNetPosterior(ChartPolicy(41, 3, 8, guide="exact"))
-    model = NeuralNCFG(8, 41, 3, rank=2, width=4)
-    message = "policy.guide=exact: this NeuralNCFG is too large for it"
+    model = NeuralNCFG(8, 41, 3, width=4)
+    message = r"policy.guide=exact: this NeuralNCFG is too large for it \(model.nonterminals is 41"
     with pytest.raises(UserError, match=message):
         EM(model, posterior, toy_english(train_sentences=10), m_steps=1)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections import Counter
 from math import exp
 from typing import Any
@@ -10,16 +11,20 @@ import torch
 from gfnem.em import EM
 from gfnem.errors import UserError
 from gfnem.posteriors.exact import ExactPosterior
-from gfnem.tasks.grammar.annotated import DenseGrammar, LowRankGrammar
+from gfnem.tasks.grammar.annotated import DenseGrammar
 from gfnem.tasks.grammar.data import toy_english
 from gfnem.tasks.grammar.evaluate import parse
+from gfnem.tasks.grammar.factored import LowRankGrammar
 from gfnem.tasks.grammar.ncfg import NeuralNCFG
 from gfnem.tasks.grammar.tree import Trees
 from tests.tasks.grammar import annotated_oracle, oracle
 from tests.tasks.grammar.tiny import (
+    LATENTS,
+    POLICIES,
     count_trees,
     every_shape,
     float64,  # noqa: F401
+    make_policy,
     p_value,
     sentences,
     words_of,
@@ -89,10 +94,11 @@ def test_values_are_those_of_enumeration(latent, rank):
         torch.testing.assert_close(value[index].detach(), expected, rtol=0, atol=1e-10)
 
 
-def test_posterior_draws_are_of_the_model_s_latent():
+@pytest.mark.parametrize("rank", RANKS)
+def test_posterior_draws_are_of_the_model_s_latent(rank):
     x = sentences([3, 4], VOCABULARY)
-    assert neural_ncfg(latent="shape").sample_posterior(x, 2).labels is None
-    model = neural_ncfg(latent="labelled")
+    assert neural_ncfg(latent="shape", rank=rank).sample_posterior(x, 2).labels is None
+    model = neural_ncfg(latent="labelled", rank=rank)
     torch.manual_seed(0)
     z = model.sample_posterior(x, 5_000)
     for index in range(2):
@@ -125,15 +131,32 @@ def test_draws_have_the_frequencies_of_their_likelihood_and_posterior(rank):
 
 def test_no_likelihood_of_many_nonterminals():
     x = sentences([3], VOCABULARY)
-    few, many = (neural_ncfg(nonterminals=n, rank=2) for n in (40, 41))
+    assert neural_ncfg(nonterminals=40).tractable
+    few, many = (neural_ncfg(nonterminals=n, rank=2) for n in (100, 101))
     assert few.tractable and few.log_likelihood(x) is not None
-    assert not many.tractable and many.log_likelihood(x) is None
-    with pytest.raises(UserError, match="posterior=exact: this NeuralNCFG is too large for it"):
-        EM(many, ExactPosterior(), toy_english(train_sentences=10), m_steps=1)
+    assert many.log_likelihood(x) is None
+    for model in (many, neural_ncfg(nonterminals=41)):
+        message = (
+            f"posterior=exact: this NeuralNCFG is too large for it (model.nonterminals is "
+            f"{model.nonterminals}; at most 40, or 100 with model.rank=R); make it smaller"
+        )
+        assert not model.tractable
+        with pytest.raises(UserError, match=re.escape(message)):
+            EM(model, ExactPosterior(), toy_english(train_sentences=10), m_steps=1)
 
 
-def test_parse_draws_labels_from_their_exact_posterior():
-    model = neural_ncfg()
+@pytest.mark.parametrize("kind", POLICIES)
+@pytest.mark.parametrize("latent", LATENTS)
+def test_forests_of_rules_of_low_rank_have_the_model_s_scores(kind, latent):
+    model = neural_ncfg(rank=3, nonterminals=3, preterminals=3, latent=latent)
+    policy, x = make_policy(kind, latent), sentences([5, 2, 4, 3], VOCABULARY)
+    paths = policy.sample(policy.condition(model, x), 4)
+    torch.testing.assert_close(paths.log_joint, model.log_joint(x, paths.z).detach())
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_parse_draws_labels_from_their_exact_posterior(rank):
+    model = neural_ncfg(rank=rank)
     x = sentences([3] * 2_000, VOCABULARY)
     x.words[:] = torch.tensor([0, 1, 1])
     torch.manual_seed(0)
