@@ -203,10 +203,15 @@ class AnnotatedPotentials(ContextPotentials):
         return probability
 
     def averaged(self, weight: Tensor) -> AveragedRules:
+        def of_words(table: Tensor) -> Tensor:
+            # Labels first, as in memory, so that nothing is copied.
+            table = table.permute(2, 0, 1, 3, 4)
+            return (weight[:, None, None, None] @ table).squeeze(-2).permute(1, 2, 0, 3)
+
         return AveragedRules(
             rules=torch.einsum("apbc,ap->abc", self.rules, weight),
-            left=torch.einsum("niapc,ap->niac", self.left, weight),
-            right=torch.einsum("niapb,ap->niab", self.right, weight),
+            left=of_words(self.left),
+            right=of_words(self.right),
             both=torch.einsum("niap,ap->nia", self.both, weight),
         )
 

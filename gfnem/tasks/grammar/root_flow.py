@@ -39,9 +39,8 @@ class RootFlowPolicy(ForestPolicy):
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         # Nothing is drawn for it: where rules see no parent, random numbers stay as they are.
-        self.above = nn.utils.skip_init(
-            nn.Linear, self.encoder.hidden.out_features, self.nonterminals
-        )
+        above = nn.Linear(self.encoder.hidden.out_features, self.nonterminals, device="meta")
+        self.above = above.to_empty(device="cpu")
         nn.init.zeros_(self.above.weight)
         nn.init.zeros_(self.above.bias)
 
