@@ -6,11 +6,13 @@
 
 Sections: `recipe`, one EM iteration of the default recipe; `small` and `large`, the published
 settings (labelled trees, a transformer over all roots, 10 Metropolis-Hastings steps, sleep phase)
-with a 128 wide, 2 layer and a 512 wide, 6 layer policy; `inside`, the inside algorithm beside
-torch-struct's where that is installed (extra `bench`); `images`, the discrete VAE at the published
-size (128 binary images of 28 x 28, 4 x 4 codes of 8, 128 channels); `mixture`, whole training runs
-on the mixture of Gaussians, to the likelihood of exact EM; `target`, whole training runs on the
-treebank sample, which needs its data.
+with a 128 wide, 2 layer and a 512 wide, 6 layer policy; `ncfg`, rules that see the parent, the same
+sizes with the chart policy and trained exactly; `scaling`, 16 sentences of equal length of 10 to 40
+words, from 30 + 60 to 60 + 120 symbols, whose rows `cost_figure.py` draws; `inside`, the inside
+algorithm beside torch-struct's where that is installed (extra `bench`); `images`, the discrete VAE
+at the published size (128 binary images of 28 x 28, 4 x 4 codes of 8, 128 channels); `mixture`,
+whole training runs on the mixture of Gaussians, to the likelihood of exact EM; `target`, whole
+training runs on the treebank sample, which needs its data.
 
 Times are medians over repeats, each on another batch, after a warm-up of two; memory is the
 largest resident size of the process so far. Sections run in processes of their own.
@@ -28,7 +30,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import cycle, product
+from itertools import cycle, product, repeat
 from statistics import median
 from typing import Any, Literal
 
@@ -50,8 +52,10 @@ from gfnem.tasks.discrete_vae.model import DiscreteVAE
 from gfnem.tasks.discrete_vae.policy import GridPolicy
 from gfnem.tasks.discrete_vae.vector_quantized import VectorQuantized
 from gfnem.tasks.grammar import inside
+from gfnem.tasks.grammar.chart import ChartPolicy
 from gfnem.tasks.grammar.data import Sentences, treebank
 from gfnem.tasks.grammar.model import NeuralPCFG
+from gfnem.tasks.grammar.ncfg import NeuralNCFG
 from gfnem.tasks.grammar.root_flow import RootFlowPolicy
 from gfnem.tasks.grammar.transformer import TransformerPolicy
 from gfnem.tasks.mixture.data import PointData, sampled
@@ -106,10 +110,14 @@ def trainers(
     )
 
 
-def iteration(model: NeuralPCFG, posterior: GFlowNetPosterior, size: int, repeats: int) -> Row:
+def iteration(
+    model: LatentVariableModel,
+    posterior: GFlowNetPosterior,
+    source: Iterator[Sentences],
+    repeats: int,
+) -> Row:
     """E-step, refinement and M-step, one after the other on the same batch."""
     p, q = trainers(model, posterior)
-    source = batches(size)
     parts: dict[str, list[float]] = {"e_step": [], "refinement": [], "m_step": []}
 
     def step() -> None:
@@ -122,7 +130,9 @@ def iteration(model: NeuralPCFG, posterior: GFlowNetPosterior, size: int, repeat
         with torch.no_grad():
             latents = posterior.refine(model, x, estep.latents)
         times.append(time.perf_counter())
-        p.step(-model.log_joint(x, latents.z).mean())
+        # What the E-step has computed of the model it does not compute again.
+        log_joint = latents.log_joint
+        p.step(-(model.log_joint(x, latents.z) if log_joint is None else log_joint).mean())
         times.append(time.perf_counter())
         for part, began, ended in zip(parts.values(), times, times[1:], strict=False):
             part.append(ended - began)
@@ -136,7 +146,81 @@ def recipe(repeats: int) -> list[Row]:
     torch.manual_seed(0)
     model = NeuralPCFG(VOCABULARY, NONTERMINALS, PRETERMINALS, max_length=LENGTH)
     posterior = GFlowNetPosterior(RootFlowPolicy(NONTERMINALS, PRETERMINALS, LENGTH))
-    return [{"what": "default recipe", **iteration(model, posterior, 32, repeats)}]
+    return [{"what": "default recipe", **iteration(model, posterior, batches(32), repeats)}]
+
+
+def ncfg(repeats: int) -> list[Row]:
+    """32 sentences, 4 shapes each: the chart policy, in both precisions, and exact training."""
+    rows = []
+    for precision in ("highest", "medium"):
+        torch.manual_seed(0)
+        torch.set_float32_matmul_precision(precision)
+        model = NeuralNCFG(VOCABULARY, NONTERMINALS, PRETERMINALS, max_length=LENGTH)
+        posterior = GFlowNetPosterior(ChartPolicy(NONTERMINALS, PRETERMINALS, LENGTH))
+        row: Row = {"what": f"ncfg, chart, {precision}"}
+        row.update(iteration(model, posterior, batches(32), repeats))
+        row["m_step alone"] = m_step_alone(model, posterior, batches(32), repeats)
+        row["peak memory, GB"] = gigabytes()
+        rows.append(row)
+        exact = exact_step(model, batches(32), max(repeats // 3, 3))
+        rows.append({"what": f"ncfg, exact, {precision}", "iteration": exact})
+    torch.set_float32_matmul_precision("highest")
+    return rows
+
+
+def m_step_alone(
+    model: LatentVariableModel, posterior: Posterior, source: Iterator[Sentences], repeats: int
+) -> float:
+    """Median seconds of M-steps on draws that are at hand, with nothing left from an E-step."""
+    p, _ = trainers(model, posterior)
+    times = []
+    for _ in range(repeats + 2):
+        x = next(source)
+        latents = posterior.sample(model, x, posterior.m_step_samples)
+        began = time.perf_counter()
+        p.step(-posterior.expected_log_joint(model, x, latents).mean())
+        times.append(time.perf_counter() - began)
+    return median(times[2:])
+
+
+def exact_step(model: LatentVariableModel, source: Iterator[Sentences], repeats: int) -> float:
+    """Median seconds of steps along the gradient of log p(x)."""
+    posterior = ExactPosterior()
+    p = Trainer("model", model.parameter_groups(), partial(torch.optim.Adam, fused=True), 3.0, 0)
+
+    def step() -> object:
+        return p.step(-posterior.expected_log_joint(model, next(source)).mean())
+
+    return measure(step, repeats)
+
+
+def scaling(repeats: int) -> list[Row]:
+    """EM iterations of both grammars with their default policies, and exact steps."""
+    rows: list[Row] = []
+    few = max(repeats // 3, 3)
+    grammars = (
+        ("cfg, 30 + 60", 30, None),
+        ("cfg, 60 + 120", 60, None),
+        ("ncfg, 30 + 60", 30, None),
+        ("ncfg, 30 + 60, rank 128", 30, 128),
+        ("ncfg, 60 + 120, rank 128", 60, 128),
+    )
+    for (name, nonterminals, rank), length in product(grammars, (10, 20, 30, 40)):
+        torch.manual_seed(0)
+        symbols = nonterminals, 2 * nonterminals
+        if name.startswith("cfg"):
+            model = NeuralPCFG(VOCABULARY, *symbols, max_length=length)
+            policy = RootFlowPolicy(*symbols, length)
+        else:
+            model = NeuralNCFG(VOCABULARY, *symbols, rank=rank, max_length=length)
+            policy = ChartPolicy(*symbols, length)
+        words = torch.randint(0, VOCABULARY, (16, length))
+        x = Sentences(words, torch.full((16,), length), torch.arange(16))
+        row: Row = {"what": name, "words": length}
+        row.update(iteration(model, GFlowNetPosterior(policy), repeat(x), few))
+        row["exact"] = exact_step(model, repeat(x), few)
+        rows.append(row)
+    return rows
 
 
 def published(width: int, layers: int, precision: Precision, repeats: int) -> list[Row]:
@@ -161,7 +245,7 @@ def published(width: int, layers: int, precision: Precision, repeats: int) -> li
         refinement=BackAndForth(steps=10),
     )
     name = f"published, {width} x {layers}, {precision}"
-    return [{"what": name, **iteration(model, posterior, 32, repeats)}]
+    return [{"what": name, **iteration(model, posterior, batches(32), repeats)}]
 
 
 def small(repeats: int) -> list[Row]:
@@ -412,6 +496,8 @@ SECTIONS: dict[str, Callable[[int], list[Row]]] = {
     "recipe": recipe,
     "small": small,
     "large": large,
+    "ncfg": ncfg,
+    "scaling": scaling,
     "inside": inside_algorithm,
     "images": images,
     "mixture": mixture,
@@ -432,7 +518,7 @@ def main() -> None:
     if options.only:
         torch.set_num_threads(options.threads)
         rows = SECTIONS[options.only](options.repeats)
-        print(json.dumps([{**row, "peak memory, GB": gigabytes()} for row in rows]))
+        print(json.dumps([{"peak memory, GB": gigabytes(), **row} for row in rows]))
         return
     rows = []
     for section in options.sections or [name for name in SECTIONS if name != "target"]:
