@@ -22,6 +22,7 @@ from gfnem.tasks.grammar import inside
 from gfnem.tasks.grammar.data import Corpus, GrammarData, Sentences, SplitName
 from gfnem.tasks.grammar.f1 import SpanCounts
 from gfnem.tasks.grammar.model import GrammarModel, ParsingModel
+from gfnem.tasks.grammar.ncfg import AnnotatedModel
 from gfnem.tasks.grammar.tree import Trees
 
 if TYPE_CHECKING:
@@ -221,13 +222,15 @@ class GrammarEvaluator:
             figures |= _fit(model, log_likelihood, log_weights)
         if self.divergences:
             figures |= divergences.rate(model, posterior, x)
-        # What is exact is of the grammar alone.
+        # What is exact is of the grammar alone. Where rules see the parent it takes as long as many
+        # M-steps, so that only final evaluations have it.
         whose = "exact" if model.normalised else "grammar"
-        if isinstance(model, TractableModel) and model.tractable:
+        affordable = final or not isinstance(model, AnnotatedModel)
+        if isinstance(model, TractableModel) and model.tractable and affordable:
             exact = model.sample_posterior(x, self.samples)
             figures[f"distinct_{whose}_trees"] = exact.distinct_shapes()
             figures[f"right_{whose}_edge"] = _right_edge(exact)
-        if isinstance(model, GrammarModel) and model.tractable:
+        if isinstance(model, GrammarModel) and model.tractable and affordable:
             trees[f"_{whose}_mbr"] = inside.minimum_bayes_risk(model.span_marginals(x), x.lengths)
         if isinstance(model, ParsingModel) and final:
             trees["_viterbi"], _ = inside.viterbi(model.potentials(x))
