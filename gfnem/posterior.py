@@ -40,6 +40,10 @@ class Latents:
             return values.mean(-1)
         return (self.m_step_weights * values).sum(-1)
 
+    def expected_log_joint(self, model: LatentVariableModel, x: Any) -> Float[Tensor, "batch"]:
+        """The mean of log p(x, z), differentiable in the model; not computed where it is known."""
+        return self.mean(model.log_joint(x, self.z) if self.log_joint is None else self.log_joint)
+
 
 @dataclass(frozen=True)
 class LatentTable:
@@ -149,9 +153,7 @@ class Posterior(nn.Module, ABC):
 
         latents: as for `m_step_latents`.
         """
-        latents = self.m_step_latents(model, x, latents)
-        log_joint = latents.log_joint
-        return latents.mean(model.log_joint(x, latents.z) if log_joint is None else log_joint)
+        return self.m_step_latents(model, x, latents).expected_log_joint(model, x)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameters for a torch optimizer; empty where nothing is learned."""

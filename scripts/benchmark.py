@@ -130,9 +130,7 @@ def iteration(
         with torch.no_grad():
             latents = posterior.refine(model, x, estep.latents)
         times.append(time.perf_counter())
-        # What the E-step has computed of the model it does not compute again.
-        log_joint = latents.log_joint
-        p.step(-(model.log_joint(x, latents.z) if log_joint is None else log_joint).mean())
+        p.step(-latents.expected_log_joint(model, x).mean())
         times.append(time.perf_counter())
         for part, began, ended in zip(parts.values(), times, times[1:], strict=False):
             part.append(ended - began)

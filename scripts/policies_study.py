@@ -16,24 +16,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+from jobs import INTERRUPTED, Job, markdown
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gfnem.build import build
 from gfnem.config import compose
 from gfnem.errors import UserError
-from gfnem.run import Run
-from gfnem.run.finished import FinishedRun
 
 # The grammars and how they are trained.
 MODELS = {
@@ -70,7 +66,7 @@ GAP, DISTINCT, EXACT = (
 
 
 @dataclass(frozen=True)
-class Trained:
+class Trained(Job):
     """A grammar to be trained exactly.
 
     options: of its model and data, without those of its training.
@@ -78,44 +74,14 @@ class Trained:
 
     model: str
     length: int
-    overrides: tuple[str, ...]
-    directory: Path
+    options: tuple[str, ...]
 
-    @property
-    def options(self) -> tuple[str, ...]:
-        kind, *sizes, _ = MODELS[self.model]
-        return (kind, *sizes, f"data.max_length={self.length}")
-
-    @property
-    def complete(self) -> bool:
-        try:
-            FinishedRun.read(self.directory)
-        except UserError:
-            return False
-        return True
-
-    def run(self) -> str | None:
-        """Returns why it is not complete; None where it is."""
-        shutil.rmtree(self.directory, ignore_errors=True)
-        try:
-            built = build(
-                compose(
-                    [
-                        "experiment=treebank",
-                        "posterior=exact",
-                        *self.options,
-                        MODELS[self.model][-1],
-                        *self.overrides,
-                        f"run_dir={self.directory}",
-                    ]
-                )
-            )
-            built.em.run = Run.create(self.directory, built.config)
-        except UserError as error:
-            return str(error)
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-            built.em.fit()
-        return "interrupted" if built.em.stopped else None
+    @staticmethod
+    def of(model: str, length: int, overrides: Sequence[str], directory: Path) -> Trained:
+        kind, *sizes, m_steps = MODELS[model]
+        options = (kind, *sizes, f"data.max_length={length}")
+        run = ("experiment=treebank", "posterior=exact", *options, m_steps, *overrides)
+        return Trained(run, directory, model, length, options)
 
 
 @dataclass(frozen=True)
@@ -138,11 +104,12 @@ class Rated:
         lines = json.loads(self.file.read_text()) if self.file.exists() else []
         return [line for line in lines if line["seconds"] <= self.seconds]
 
-    @property
-    def complete(self) -> bool:
-        return [line["seconds"] for line in self.results()] == self.points
+    def finished(self) -> list[dict[str, float]] | None:
+        """What it left; None where it is not complete."""
+        results = self.results()
+        return results if [line["seconds"] for line in results] == self.points else None
 
-    def run(self) -> str | None:
+    def train(self) -> str | None:
         """Returns why it is not complete; None where it is."""
         try:
             built = build(
@@ -168,7 +135,7 @@ class Rated:
                 em.evaluator, em.max_seconds = None, point
                 em.fit()
                 if em.stopped:
-                    return "interrupted"
+                    return INTERRUPTED
             em.evaluator = evaluator
             # Draws of the exact posterior cost much and never change.
             rated = em.evaluate("valid", final=point == self.points[-1])
@@ -191,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     overrides = tuple(given.overrides)
     grammars = [
-        Trained(model, length, overrides, given.runs / f"{model}_{length}" / "exact")
+        Trained.of(model, length, overrides, given.runs / f"{model}_{length}" / "exact")
         for model in MODELS
         for length in LENGTHS
     ]
@@ -216,9 +183,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def done(pool: Executor, what: str, jobs: Sequence[Trained | Rated]) -> bool:
     """Do what is missing; whether all is complete then."""
-    missing = [job for job in jobs if not job.complete]
+    missing = [job for job in jobs if job.finished() is None]
     print(f"{len(jobs)} {what}, {len(missing)} of them to be trained", flush=True)
-    for number, problem in enumerate(pool.map(run, missing), 1):
+    for number, problem in enumerate(pool.map(train, missing), 1):
         print(f"{number} of {len(missing)}", flush=True)
         if problem is not None:
             print(f"{problem}; start again to go on", file=sys.stderr)
@@ -227,8 +194,8 @@ def done(pool: Executor, what: str, jobs: Sequence[Trained | Rated]) -> bool:
     return True
 
 
-def run(job: Trained | Rated) -> str | None:
-    return job.run()
+def train(job: Trained | Rated) -> str | None:
+    return job.train()
 
 
 Results = Mapping[tuple[str, int, str], Sequence[Mapping[str, float]]]
@@ -240,13 +207,13 @@ def table(results: Results) -> str:
     shown = [second for second in seconds if second in SHOWN]
     head = ["grammar", "words", "policy", *(f"gap, {second} s" for second in shown)]
     head += ["distinct trees", "exact", "E-steps"]
-    rows = [head, ["---", "---:", "---", *(["---:"] * (len(shown) + 3))]]
+    rows = []
     for (model, length, policy), lines in results.items():
         gaps = [f"{line[GAP]:.2f}" for line in lines if line["seconds"] in shown]
         last = lines[-1]
         trees = [f"{last[name]:.1f}" for name in (DISTINCT, EXACT)]
         rows.append([model, f"to {length}", policy, *gaps, *trees, f"{last['e_steps']:,}"])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return markdown(head, rows, texts=3)
 
 
 def figure(results: Results) -> Figure:

@@ -16,6 +16,7 @@ from gfnem.tasks.grammar.evaluate import GrammarEvaluator
 
 @pytest.fixture
 def study(root: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(root / "scripts")
     spec = importlib.util.spec_from_file_location(
         "policies_study", root / "scripts" / "policies_study.py"
     )

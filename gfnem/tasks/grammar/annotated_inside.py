@@ -15,7 +15,7 @@ the backward pass is the outside algorithm.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -25,7 +25,14 @@ from torch.autograd.function import once_differentiable
 
 from gfnem.categorical import sample_categorical
 from gfnem.tasks.grammar.annotated import AnnotatedPotentials
-from gfnem.tasks.grammar.spans import Children, SpanTable, possible, top_down
+from gfnem.tasks.grammar.spans import (
+    Children,
+    SpanTable,
+    marginals,
+    possible,
+    top_down,
+    without_contexts,
+)
 from gfnem.tasks.grammar.tree import Trees
 
 
@@ -40,10 +47,7 @@ def log_partition(potentials: AnnotatedPotentials) -> Float[Tensor, "batch"]:
 def span_marginals(potentials: AnnotatedPotentials) -> Float[Tensor, "batch length+1 length+1"]:
     """p(span (start, end) in z | x); 0 for single words and for sentences of probability zero."""
     tables = [table.detach() for table in _tables(potentials)]
-    batch, length = potentials.log_scale.shape
-    with torch.enable_grad():
-        scores = potentials.both.new_zeros(batch, length + 1, length + 1).requires_grad_()
-        return torch.autograd.grad(_LogPartition.apply(*tables, scores).sum(), scores)[0]
+    return marginals(lambda scores: _LogPartition.apply(*tables, scores), potentials.log_scale)
 
 
 @torch.no_grad()
@@ -86,12 +90,7 @@ def sample(
         return Children(left_width, above + first, above + second)
 
     whole = nonterminals * nonterminals + top
-    trees = top_down(whole, potentials.lengths, split)
-    if not labelled:
-        return trees.shapes()
-    assert trees.labels is not None
-    labels = torch.where(trees.exists, trees.labels % nonterminals, -1)
-    return replace(trees, labels=labels)
+    return without_contexts(top_down(whole, potentials.lengths, split), nonterminals, labelled)
 
 
 def inside_scores(potentials: AnnotatedPotentials) -> tuple[SpanTable, SpanTable]:
@@ -158,10 +157,7 @@ class _Chart:
         vectors, largest = both.permute(1, 0, 3, 2), both.new_zeros(())
         for width in range(2, length + 1):
             if width > 2:
-                scales = chart.scales.left(width) + chart.scales.right(width)
-                # Kept finite where no split is possible, so that exp(-inf - largest) is 0.
-                largest = scales.amax(-1).clamp(min=torch.finfo(scales.dtype).min)
-                chart.weights[width] = (scales - largest[..., None]).exp()
+                chart.weights[width], largest = chart.scales.split_weights(width)
                 vectors = chart.combine(width)
             peak = vectors.amax((-1, -2))
             scale = largest + peak.log()

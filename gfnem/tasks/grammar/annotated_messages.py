@@ -142,9 +142,7 @@ def sample_labels(
             drawn = sample_categorical(weights, generator)
             label[left], label[right] = drawn // nonterminals, drawn % nonterminals
             context[left] = context[right] = above
-    labels = torch.full(trees.start.flatten(0, 1).shape, -1, device=label.device)
-    labels[levels.row, levels.gap] = label
-    return Trees(trees.start, trees.end, trees.lengths, labels.view_as(trees.start))
+    return levels.labelled(trees, label)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ As in `inside`, every span is scaled to maximum 1, and the backward pass is the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -22,7 +22,14 @@ from torch.autograd.function import once_differentiable
 
 from gfnem.categorical import sample_categorical
 from gfnem.tasks.grammar.factored import FactoredPotentials
-from gfnem.tasks.grammar.spans import Children, SpanTable, possible, top_down
+from gfnem.tasks.grammar.spans import (
+    Children,
+    SpanTable,
+    marginals,
+    possible,
+    top_down,
+    without_contexts,
+)
 from gfnem.tasks.grammar.tree import Trees
 
 
@@ -37,10 +44,7 @@ def log_partition(potentials: FactoredPotentials) -> Float[Tensor, "batch"]:
 def span_marginals(potentials: FactoredPotentials) -> Float[Tensor, "batch length+1 length+1"]:
     """p(span (start, end) in z | x); 0 for single words and for sentences of probability zero."""
     tables = [table.detach() for table in _tables(potentials)]
-    batch, length = potentials.log_scale.shape
-    with torch.enable_grad():
-        scores = potentials.root.new_zeros(batch, length + 1, length + 1).requires_grad_()
-        return torch.autograd.grad(_LogPartition.apply(*tables, scores).sum(), scores)[0]
+    return marginals(lambda scores: _LogPartition.apply(*tables, scores), potentials.log_scale)
 
 
 @torch.no_grad()
@@ -92,12 +96,7 @@ def sample(
         )
 
     whole = nonterminals * nonterminals + top
-    trees = top_down(whole, potentials.lengths, split)
-    if not labelled:
-        return trees.shapes()
-    assert trees.labels is not None
-    labels = torch.where(trees.exists, trees.labels % nonterminals, -1)
-    return replace(trees, labels=labels)
+    return without_contexts(top_down(whole, potentials.lengths, split), nonterminals, labelled)
 
 
 def inside_scores(potentials: FactoredPotentials) -> tuple[SpanTable, SpanTable]:
@@ -168,10 +167,7 @@ class _Chart:
             peaks={},
         )
         for width in range(2, length + 1):
-            scales = chart.scales.left(width) + chart.scales.right(width)
-            # Kept finite where no split is possible, so that exp(-inf - largest) is 0.
-            largest = scales.amax(-1).clamp(min=torch.finfo(scales.dtype).min)
-            chart.weights[width] = (scales - largest[..., None]).exp()
+            chart.weights[width], largest = chart.scales.split_weights(width)
             products = chart.products[width] = chart.combine(width)
             raw = torch.bmm(products.flatten(1, 2), mixture.mT)
             raw = raw.unflatten(1, products.shape[1:3]).permute(3, 1, 2, 0)

@@ -67,9 +67,7 @@ def sample_labels(
             child, own = child[node], above[node]
             weights = table[rank[node]] * up.message[own, child]
             label[child], context[child] = sample_categorical(weights, generator), own
-    labels = torch.full(trees.start.flatten(0, 1).shape, -1, device=label.device)
-    labels[levels.row, levels.gap] = label
-    return Trees(trees.start, trees.end, trees.lengths, labels.view_as(trees.start))
+    return levels.labelled(trees, label)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,14 @@ from torch.autograd.function import once_differentiable
 
 from gfnem.categorical import sample_categorical
 from gfnem.tasks.grammar.potentials import Grammar, Potentials
-from gfnem.tasks.grammar.spans import Children, SpanTable, Splitter, possible, top_down
+from gfnem.tasks.grammar.spans import (
+    Children,
+    SpanTable,
+    Splitter,
+    marginals,
+    possible,
+    top_down,
+)
 from gfnem.tasks.grammar.tree import Trees
 
 
@@ -49,11 +56,7 @@ def log_partition(
 def span_marginals(potentials: Potentials) -> Float[Tensor, "batch length+1 length+1"]:
     """p(span (start, end) in z | x); 0 for single words and for sentences of probability zero."""
     tables = [table.detach() for table in _tables(potentials)]
-    batch, length = potentials.log_scale.shape
-    with torch.enable_grad():
-        scores = potentials.both.new_zeros(batch, length + 1, length + 1).requires_grad_()
-        total = _LogPartition.apply(*tables, scores)
-        return torch.autograd.grad(total.sum(), scores)[0]
+    return marginals(lambda scores: _LogPartition.apply(*tables, scores), potentials.log_scale)
 
 
 def expected_counts(
@@ -221,10 +224,7 @@ class _Chart:
         vector, largest = both.transpose(0, 1), both.new_zeros(())
         for width in range(2, length + 1):
             if width > 2:
-                scales = chart.scales.left(width) + chart.scales.right(width)
-                # Kept finite where no split is possible, so that exp(-inf - largest) is 0.
-                largest = scales.amax(-1).clamp(min=torch.finfo(scales.dtype).min)
-                chart.weights[width] = (scales - largest[..., None]).exp()
+                chart.weights[width], largest = chart.scales.split_weights(width)
                 vector = chart.combine(width)
             peak = vector.amax(-1)
             scale = largest + peak.log()

@@ -6,7 +6,7 @@ labels below. Messages go bottom-up, one level of all trees of the batch at a ti
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -99,6 +99,12 @@ class Levels:
             if this == kind
         ]
         return torch.cat(parts) if parts else self.row.new_zeros(0)
+
+    def labelled(self, trees: Trees, label: Int[Tensor, "total"]) -> Trees:
+        """These trees with a label for each of their nodes."""
+        labels = torch.full(trees.start.flatten(0, 1).shape, -1, device=label.device)
+        labels[self.row, self.gap] = label
+        return replace(trees, labels=labels.view_as(trees.start))
 
     def by_gap(
         self, values: Float[Tensor, "total"], trees: Trees
@@ -362,7 +368,4 @@ def sample_labels(
             weights = rules[above] * message[a][:, :, None] * message[b][:, None]
             drawn = sample_categorical(weights.flatten(1), generator)
             label[a], label[b] = drawn // nonterminals, drawn % nonterminals
-    batch, samples, nodes = trees.start.shape
-    labels = torch.full((batch * samples, nodes), -1, device=label.device)
-    labels[levels.row, levels.gap] = label
-    return Trees(trees.start, trees.end, trees.lengths, labels.view(batch, samples, nodes))
+    return levels.labelled(trees, label)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -58,9 +58,45 @@ class SpanTable:
         """Right children at the same splits, of width - 1, ..., 1 words; a view."""
         return self.by_end[width:, :, self.length - width + 1 : self.length]
 
+    def split_weights(
+        self, width: int
+    ) -> tuple[Float[Tensor, "starts batch splits"], Float[Tensor, "starts batch"]]:
+        """Of logarithmic scales: the scale of each split of the spans of `width` words relative to
+        the span's largest, and the logarithm of that one.
+        """
+        scales = self.left(width) + self.right(width)
+        # Kept finite where no split is possible, so that exp(-inf - largest) is 0.
+        largest = scales.amax(-1).clamp(min=torch.finfo(scales.dtype).min)
+        return (scales - largest[..., None]).exp(), largest
+
     def whole(self, lengths: Int[Tensor, "batch"]) -> Float[Tensor, "batch ..."]:
         """The span of each whole sentence."""
         return self.by_start[0, torch.arange(len(lengths), device=lengths.device), lengths]
+
+
+def marginals(
+    log_partition: Callable[[Tensor], Tensor], log_scale: Float[Tensor, "batch length"]
+) -> Float[Tensor, "batch length+1 length+1"]:
+    """The probability of each span (start, end): the gradient of log p(x) in a score of the span.
+
+    log_partition: log p(x) of every sentence from its spans' scores, differentiable.
+    log_scale: of each word; tells sizes and kind of the scores.
+    """
+    batch, length = log_scale.shape
+    with torch.enable_grad():
+        scores = log_scale.new_zeros(batch, length + 1, length + 1).requires_grad_()
+        return torch.autograd.grad(log_partition(scores).sum(), scores)[0]
+
+
+def without_contexts(trees: Trees, nonterminals: int, labelled: bool) -> Trees:
+    """Trees of symbols, a label and a context times the number of labels each, with labels alone.
+
+    Shapes unless `labelled`.
+    """
+    if not labelled:
+        return trees.shapes()
+    assert trees.labels is not None
+    return replace(trees, labels=torch.where(trees.exists, trees.labels % nonterminals, -1))
 
 
 class Children(NamedTuple):
