@@ -17,6 +17,7 @@ from torch import nn
 from gfnem.config import PARTS
 from gfnem.em import EM
 from gfnem.errors import UserError
+from gfnem.memory import keep_freed_memory
 from gfnem.run import Run
 from gfnem.signatures import annotations_of, described, fits
 
@@ -119,7 +120,8 @@ def resolve(config: DictConfig) -> dict[str, Any]:
 
 
 def set_up(seed: int, threads: int | None, device: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """Seed all random numbers, set up the CPU's arithmetic and choose the device."""
+    """Seed all random numbers, set up the CPU's arithmetic and memory and choose the device."""
+    keep_freed_memory()
     if threads is not None:
         if threads < 1:
             raise UserError(f"threads is {threads}; it must be at least 1")

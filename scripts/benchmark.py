@@ -39,6 +39,7 @@ import torch
 from gfnem import objectives
 from gfnem.em import EM, Trainer, minimise
 from gfnem.inference import inference
+from gfnem.memory import keep_freed_memory
 from gfnem.model import LatentVariableModel
 from gfnem.posterior import Posterior
 from gfnem.posteriors.exact import ExactPosterior
@@ -515,6 +516,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.only:
         torch.set_num_threads(options.threads)
+        keep_freed_memory()
         rows = SECTIONS[options.only](options.repeats)
         print(json.dumps([{"peak memory, GB": gigabytes(), **row} for row in rows]))
         return

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -108,10 +108,12 @@ class AnnotatedPotentials(ContextPotentials):
 
     root: p(S -> A).
     rules: p(A -> B C | A, P), both children nonterminals; indexed [A, P, B, C].
-    left: sum over T of p(A -> T C | A, P) p(T -> w_i | T, A), word i the left child; indexed
-        [i, A, P, C].
-    right: sum over T of p(A -> B T | A, P) p(T -> w_i | T, A), word i the right child; indexed
-        [i, A, P, B].
+    word: where the tables of each word are in `left` and `right`, which hold every distinct word
+        of the batch once.
+    left: sum over T of p(A -> T C | A, P) p(T -> w | T, A), word w the left child; indexed
+        [w, A, P, C].
+    right: sum over T of p(A -> B T | A, P) p(T -> w | T, A), word w the right child; indexed
+        [w, A, P, B].
     both: sum over T and U of p(A -> T U | A, P) p(T -> w_i | T, A) p(U -> w_i+1 | U, A).
     preterminal: p(T -> w_i | T, A), mean over A, divided by its sum over T: what encoders see.
     log_scale: every p(T -> w_i | T, A) above is divided by exp(log_scale[i]), their maximum.
@@ -119,10 +121,12 @@ class AnnotatedPotentials(ContextPotentials):
     lengths: words of each sentence; entries behind the sentence are meaningless.
     """
 
+    of_grammar: ClassVar[set[str]] = {"root", "rules", "left", "right"}
     root: Float[Tensor, "nonterminals"]
     rules: Float[Tensor, "nonterminals contexts nonterminals nonterminals"]
-    left: Float[Tensor, "batch length nonterminals contexts nonterminals"]
-    right: Float[Tensor, "batch length nonterminals contexts nonterminals"]
+    word: Int[Tensor, "batch length"]
+    left: Float[Tensor, "words nonterminals contexts nonterminals"]
+    right: Float[Tensor, "words nonterminals contexts nonterminals"]
     both: Float[Tensor, "batch gaps nonterminals contexts"]
     preterminal: Float[Tensor, "batch length preterminals"]
     log_scale: Float[Tensor, "batch length"]
@@ -132,11 +136,13 @@ class AnnotatedPotentials(ContextPotentials):
     @staticmethod
     def of_context_free(potentials: Potentials) -> AnnotatedPotentials:
         """Rules that see no parent as rules that have one context; views."""
+        places = potentials.log_scale
         return AnnotatedPotentials(
             root=potentials.root,
             rules=potentials.rules[:, None],
-            left=potentials.left[..., None, :],
-            right=potentials.right[..., None, :],
+            word=torch.arange(places.numel(), device=places.device).view_as(places),
+            left=potentials.left.flatten(0, 1)[..., None, :],
+            right=potentials.right.flatten(0, 1)[..., None, :],
             both=potentials.both[..., None],
             preterminal=potentials.preterminal,
             log_scale=potentials.log_scale,
@@ -153,10 +159,10 @@ class AnnotatedPotentials(ContextPotentials):
 
     def word_on_left(self, sentence: Tensor, word: Tensor, right: Tensor) -> Tensor:
         # The label of the merged root is the other one's context, which S never is.
-        return (self.left[sentence, word] @ right[:, :-1, :, None]).squeeze(-1).mT
+        return (self.left[self.word[sentence, word]] @ right[:, :-1, :, None]).squeeze(-1).mT
 
     def word_on_right(self, sentence: Tensor, word: Tensor, left: Tensor) -> Tensor:
-        return (self.right[sentence, word] @ left[:, :-1, :, None]).squeeze(-1).mT
+        return (self.right[self.word[sentence, word]] @ left[:, :-1, :, None]).squeeze(-1).mT
 
     @cached_property
     def _pairs_to_contexts(self) -> Float[Tensor, "nonterminals pairs contexts"]:
@@ -172,12 +178,12 @@ class AnnotatedPotentials(ContextPotentials):
     def word_left_rules(
         self, sentence: Tensor, position: Tensor, label: Tensor, context: Tensor
     ) -> Tensor:
-        return self.left[sentence, position, label, context]
+        return self.left[self.word[sentence, position], label, context]
 
     def word_right_rules(
         self, sentence: Tensor, position: Tensor, label: Tensor, context: Tensor
     ) -> Tensor:
-        return self.right[sentence, position, label, context]
+        return self.right[self.word[sentence, position], label, context]
 
     def rule_probabilities(
         self,
@@ -190,10 +196,11 @@ class AnnotatedPotentials(ContextPotentials):
         right: Tensor,
     ) -> Tensor:
         word_left, word_right = left < 0, right < 0
+        first, last = self.word[sentence, start], self.word[sentence, end - 1]
         kinds = (
             (word_left & word_right, self.both, (sentence, start, label, context)),
-            (word_left & ~word_right, self.left, (sentence, start, label, context, right)),
-            (~word_left & word_right, self.right, (sentence, end - 1, label, context, left)),
+            (word_left & ~word_right, self.left, (first, label, context, right)),
+            (~word_left & word_right, self.right, (last, label, context, left)),
             (~word_left & ~word_right, self.rules, (label, context, left, right)),
         )
         probability = self.rules.new_zeros(label.shape)
@@ -205,8 +212,8 @@ class AnnotatedPotentials(ContextPotentials):
     def averaged(self, weight: Tensor) -> AveragedRules:
         def of_words(table: Tensor) -> Tensor:
             # Labels first, as in memory, so that nothing is copied.
-            table = table.permute(2, 0, 1, 3, 4)
-            return (weight[:, None, None, None] @ table).squeeze(-2).permute(1, 2, 0, 3)
+            average = weight[:, None, None] @ table.transpose(0, 1)
+            return average.squeeze(-2).transpose(0, 1)[self.word]
 
         return AveragedRules(
             rules=torch.einsum("apbc,ap->abc", self.rules, weight),
@@ -250,31 +257,29 @@ class AnnotatedGrammar(ABC):
         """With the words summed in, differentiable; words of probability zero are allowed."""
 
     def _emissions(
-        self, words: Int[Tensor, "batch length"]
-    ) -> tuple[
-        Float[Tensor, "nonterminals batch length preterminals"], Float[Tensor, "batch length"]
-    ]:
-        """p(T -> w_i | T, A), scaled to maximum 1 for each word, and the scales' logarithms."""
+        self, words: Int[Tensor, "*words"]
+    ) -> tuple[Float[Tensor, "nonterminals *words preterminals"], Float[Tensor, "*words"]]:
+        """p(T -> w | T, A), scaled to maximum 1 for each word, and the scales' logarithms."""
         log_emission = self.emission.transpose(1, 2)[:, words]
-        log_scale = log_emission.detach().amax((0, 3))
+        log_scale = log_emission.detach().amax((0, -1))
         log_scale = torch.where(log_scale.isfinite(), log_scale, 0.0)
         return (log_emission - log_scale[..., None]).exp(), log_scale
 
 
 def mean_preterminal(
-    emission: Float[Tensor, "nonterminals batch length preterminals"],
-) -> Float[Tensor, "batch length preterminals"]:
+    emission: Float[Tensor, "nonterminals *words preterminals"],
+) -> Float[Tensor, "*words preterminals"]:
     """`ContextPotentials.preterminal`."""
     mean = emission.mean(0)
     return mean / (mean.sum(-1, keepdim=True) + torch.finfo(mean.dtype).tiny)
 
 
 def mean_log_word(
-    emission: Float[Tensor, "nonterminals batch length preterminals"],
-    log_scale: Float[Tensor, "batch length"],
-) -> Float[Tensor, "batch length"]:
+    emission: Float[Tensor, "nonterminals *words preterminals"],
+    log_scale: Float[Tensor, "*words"],
+) -> Float[Tensor, "*words"]:
     """`ContextPotentials.log_word`."""
-    mean = emission.mean((0, 3))
+    mean = emission.mean((0, -1))
     return mean.clamp(min=torch.finfo(mean.dtype).tiny).log() + log_scale
 
 
@@ -337,8 +342,10 @@ class DenseGrammar(AnnotatedGrammar):
         self, words: Int[Tensor, "batch length"], lengths: Int[Tensor, "batch"]
     ) -> AnnotatedPotentials:
         nt = self.nonterminals
+        # Tables are large and words come again: every one has a table but once.
+        words, word = words.unique(return_inverse=True)
         emission, log_scale = self._emissions(words)
-        size = emission.shape[1:3]
+        gaps = torch.Size((len(word), word.shape[1] - 1))
         # Split, not sliced: the gradient of a slice is as large as what it is cut from.
         by_left = self.binary.transpose(0, 1).exp().split((nt, self.preterminals), 2)
         (rules, inner_word), (word_inner, word_word) = (
@@ -346,26 +353,27 @@ class DenseGrammar(AnnotatedGrammar):
         )
 
         def of_word(rules: Tensor) -> Tensor:
-            """[i, A, P, other child] from [A, word's preterminal, P, other child]."""
-            table = torch.bmm(emission.flatten(1, 2), rules.flatten(2))
-            return table.unflatten(2, rules.shape[2:]).unflatten(1, size).permute(1, 2, 0, 3, 4)
+            """[w, A, P, other child] from [A, word's preterminal, P, other child]."""
+            table = torch.bmm(emission, rules.flatten(2))
+            return table.unflatten(2, rules.shape[2:]).transpose(0, 1)
 
         left = of_word(word_inner.transpose(1, 2))
         right = of_word(inner_word.permute(0, 3, 1, 2))
         both = _WordPairs.apply(
-            emission[:, :, :-1].flatten(1, 2),
-            emission[:, :, 1:].flatten(1, 2),
+            emission[:, word[:, :-1].flatten()],
+            emission[:, word[:, 1:].flatten()],
             word_word.transpose(1, 2),
         )
-        both = both.unflatten(1, (size[0], size[1] - 1)).permute(1, 2, 0, 3)
+        both = both.unflatten(1, gaps).permute(1, 2, 0, 3)
         return AnnotatedPotentials(
             root=self.root.exp(),
             rules=rules,
+            word=word,
             left=left,
             right=right,
             both=both,
-            preterminal=mean_preterminal(emission),
-            log_scale=log_scale,
-            log_word=mean_log_word(emission, log_scale),
+            preterminal=mean_preterminal(emission)[word],
+            log_scale=log_scale[word],
+            log_word=mean_log_word(emission, log_scale)[word],
             lengths=lengths,
         )

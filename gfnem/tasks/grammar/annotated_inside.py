@@ -106,8 +106,9 @@ def inside_scores(potentials: AnnotatedPotentials) -> tuple[SpanTable, SpanTable
 def _tables(
     potentials: AnnotatedPotentials,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    # Spans of one width begin everywhere: here every place has its word's tables.
     p = potentials
-    return p.root, p.rules, p.left, p.right, p.both, p.lengths
+    return p.root, p.rules, p.left[p.word], p.right[p.word], p.both, p.lengths
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class _Chart:
     """The scores of all spans of at least two words, beta = vectors * exp(scales).
 
     Both are 0 for single words: a word's score is in `left` and `right`, which are those of
-    `AnnotatedPotentials`, position first. Of a span's vectors the context comes first, so that
+    `AnnotatedPotentials`, by position. Of a span's vectors the context comes first, so that
     what it is to a parent is one matrix [parent, own label].
 
     weights: by width, the scale of each split of a span relative to the span's largest.

@@ -29,6 +29,9 @@ from gfnem.tasks.grammar.messages import (
 )
 from gfnem.tasks.grammar.tree import Trees
 
+# So many nodes with the same word are multiplied at once in the backward pass.
+GROUP = 8
+
 
 def log_joint_labelled(
     potentials: ContextPotentials, trees: Trees
@@ -65,7 +68,7 @@ def log_joint_shape(
     grammar gives a shape no probability.
     """
     p = potentials
-    value = _LogJointShape.apply(p.root, p.rules, p.left, p.right, p.both, Levels.of(trees))
+    value = _LogJointShape.apply(p.root, p.rules, p.left, p.right, p.both, p.word, Levels.of(trees))
     return value.view(trees.start.shape[:2]) + potentials.total_log_scale[:, None]
 
 
@@ -93,7 +96,7 @@ def inside_scores(
     averaged over the nonterminals P. No gradients.
     """
     levels, p = Levels.of(trees), potentials
-    up = _upward(levels, p.rules, p.left, p.right, p.both)
+    up = _upward(levels, p.rules, p.left, p.right, p.both, p.word)
     return shape_scores(p, trees, levels, up.message, up.log_scale)
 
 
@@ -119,7 +122,7 @@ def sample_labels(
     levels = Levels.of(trees)
     nonterminals = len(potentials.root)
     p = potentials
-    message = _upward(levels, p.rules, p.left, p.right, p.both).message
+    message = _upward(levels, p.rules, p.left, p.right, p.both, p.word).message
     label = torch.zeros_like(levels.row)
     context = torch.full_like(label, nonterminals)
     top = potentials.root * message[levels.root, -1]
@@ -129,11 +132,11 @@ def sample_labels(
         sentence, above, parent = levels.sentence[nodes], label[nodes], context[nodes]
         left, right = levels.left[nodes], levels.right[nodes]
         if kind == WORD_LEFT:
-            table = potentials.left[sentence, levels.start[nodes], above, parent]
+            table = p.left[p.word[sentence, levels.start[nodes]], above, parent]
             label[right] = sample_categorical(table * message[right, above], generator)
             context[right] = above
         elif kind == WORD_RIGHT:
-            table = potentials.right[sentence, levels.end[nodes] - 1, above, parent]
+            table = p.right[p.word[sentence, levels.end[nodes] - 1], above, parent]
             label[left] = sample_categorical(table * message[left, above], generator)
             context[left] = above
         elif kind == INNER:
@@ -162,7 +165,9 @@ class _Messages:
     tables: dict[tuple[int, int], Float[Tensor, "nodes nonterminals contexts nonterminals"]]
 
 
-def _upward(levels: Levels, rules: Tensor, left: Tensor, right: Tensor, both: Tensor) -> _Messages:
+def _upward(
+    levels: Levels, rules: Tensor, left: Tensor, right: Tensor, both: Tensor, word: Tensor
+) -> _Messages:
     nonterminals, contexts = rules.shape[:2]
     by_pair = rules.flatten(2).mT
     message = rules.new_empty(len(levels.row), contexts, nonterminals)
@@ -180,9 +185,9 @@ def _upward(levels: Levels, rules: Tensor, left: Tensor, right: Tensor, both: Te
             log_scale[nodes] = log_scale[a] + log_scale[b]
         else:
             if kind == WORD_LEFT:
-                child, table = b, left[sentence, levels.start[nodes]]
+                child, table = b, left[word[sentence, levels.start[nodes]]]
             else:
-                child, table = a, right[sentence, levels.end[nodes] - 1]
+                child, table = a, right[word[sentence, levels.end[nodes] - 1]]
             tables[kind, first] = table
             raw = (table @ message[child, :nonterminals, :, None]).squeeze(-1)
             log_scale[nodes] = log_scale[child]
@@ -210,16 +215,16 @@ class _LogJointShape(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, root, rules, left, right, both, levels: Levels):  # pyright: ignore
-        up = _upward(levels, rules, left, right, both)
-        ctx.save_for_backward(root, rules)
-        ctx.levels, ctx.up, ctx.sizes = levels, up, (left.shape, both.shape)
+    def forward(ctx, root, rules, left, right, both, word, levels: Levels):  # pyright: ignore
+        up = _upward(levels, rules, left, right, both, word)
+        ctx.save_for_backward(root, rules, word)
+        ctx.levels, ctx.up, ctx.words = levels, up, len(left)
         return (up.message[levels.root, -1] @ root).log() + up.log_scale[levels.root]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # pyright: ignore
-        root, rules = ctx.saved_tensors
+        root, rules, word = ctx.saved_tensors
         levels: Levels = ctx.levels
         up: _Messages = ctx.up
         message, nonterminals = up.message, len(root)
@@ -257,22 +262,16 @@ class _LogJointShape(torch.autograd.Function):
                 descend(child, (out[..., None, :] @ up.tables[kind, first]).squeeze(-2))
 
         outside *= share[:, None, None]
-        (batch, length), gaps = ctx.sizes[0][:2], ctx.sizes[1][1]
-        samples = len(levels.root) // batch
 
         def of_words(kind: int, position: Tensor, child: Tensor) -> Tensor:
-            """The gradient of a table of words; each is looked up once by every tree at most."""
+            """The gradient of a table of words."""
             nodes = levels.of_kind(kind)
-            at = levels.sentence[nodes], position[nodes], levels.row[nodes] % samples
-            # Labels come first, as in the tables' memory.
-            above = message.new_zeros(batch, length, samples, *message.shape[1:])
-            below = message.new_zeros(batch, length, samples, nonterminals, nonterminals)
-            above[at] = outside[nodes]
-            below[at] = message[child[nodes], :nonterminals]
-            product = above.permute(4, 0, 1, 3, 2) @ below.permute(3, 0, 1, 2, 4)
-            return product.permute(1, 2, 0, 3, 4)
+            tables = word[levels.sentence[nodes], position[nodes]]
+            above, below = outside[nodes], message[child[nodes], :nonterminals]
+            return _summed_products(above, below, tables, ctx.words)
 
         leaves = levels.of_kind(LEAVES)
+        batch, gaps = len(word), word.shape[1] - 1
         grad_both = message.new_zeros(batch * gaps, nonterminals, message.shape[1])
         at = levels.sentence[leaves] * gaps + levels.gap[leaves]
         grad_both.index_add_(0, at, outside[leaves].mT)
@@ -283,4 +282,33 @@ class _LogJointShape(torch.autograd.Function):
             of_words(WORD_RIGHT, levels.end - 1, levels.left),
             grad_both.unflatten(0, (batch, gaps)),
             None,
+            None,
         )
+
+
+def _summed_products(
+    above: Float[Tensor, "nodes contexts nonterminals"],
+    below: Float[Tensor, "nodes nonterminals nonterminals"],
+    table: Int[Tensor, "nodes"],
+    tables: int,
+) -> Float[Tensor, "tables nonterminals contexts nonterminals"]:
+    """Sum over the nodes of each table of above[P, A] below[A, C], indexed [A, P, C].
+
+    The nodes of a table are taken together in groups, each a product of two matrices; a word that
+    comes often has several groups.
+    """
+    nonterminals = below.shape[-1]
+    order = table.argsort(stable=True)
+    table = table[order]
+    place = torch.arange(len(table), device=table.device) - torch.searchsorted(table, table)
+    place, group = place % GROUP, place // GROUP
+    _, group = torch.unique_consecutive(torch.stack([table, group]), return_inverse=True, dim=1)
+    groups = int(group[-1]) + 1 if len(group) else 0
+    # Labels come first, as in the tables' memory.
+    left = above.new_zeros(groups, GROUP, *above.shape[1:])
+    right = below.new_zeros(groups, GROUP, *below.shape[1:])
+    left[group, place], right[group, place] = above[order], below[order]
+    products = left.permute(3, 0, 2, 1) @ right.permute(2, 0, 1, 3)
+    owner = table.new_empty(groups).index_put((group,), table)
+    total = above.new_zeros(nonterminals, tables, *products.shape[2:])
+    return total.index_add_(1, owner, products).transpose(0, 1)

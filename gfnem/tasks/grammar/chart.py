@@ -18,7 +18,7 @@ labellings: the last choice forgets the labels, and has P_B = p(labels | shape, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -100,14 +100,53 @@ class Splits(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Guide:
+    """Inside scores of spans that guide the policy, [context, label], each span with a scale.
+
+    vectors: relative to the scale; with one context for all where a grammar's relaxation sees none.
+    scales: their logarithms.
+    two_words: of the spans of two words, by their start, where they have contexts of their own.
+    """
+
+    vectors: SpanTable
+    scales: SpanTable
+    two_words: Float[Tensor, "batch gaps contexts nonterminals"] | None = None
+
+    @property
+    def nonterminals(self) -> int:
+        return self.vectors.by_start.shape[-1]
+
+    def scores(
+        self,
+        sentence: Int[Tensor, "*#spans"],
+        start: Int[Tensor, "*#spans"],
+        width: Int[Tensor, "*#spans"],
+        context: Int[Tensor, "*#spans"],
+    ) -> Float[Tensor, "*spans nonterminals"]:
+        """Of each label; 0 for words."""
+        if self.two_words is None:
+            return self.vectors.by_start[start, sentence, width, context]
+        sentence, start, width, context = torch.broadcast_tensors(sentence, start, width, context)
+        scores = self.vectors.by_start[start, sentence, width, 0]
+        two = (width == 2).nonzero(as_tuple=True)
+        scores[two] = self.two_words[sentence[two], start[two], context[two]]
+        return scores
+
+    def whole(self, lengths: Int[Tensor, "batch"]) -> Float[Tensor, "batch nonterminals"]:
+        """`scores` of whole sentences, which stand under S, the last context."""
+        sentence = torch.arange(len(lengths), device=lengths.device)
+        under_s = torch.full_like(lengths, -1)
+        return self.scores(sentence, torch.zeros_like(lengths), lengths, under_s)
+
+
+@dataclass(frozen=True)
 class ChartCondition:
     """A batch of sentences as the policy sees it.
 
     model: the grammar.
     model_potentials: what it says of the words, of its own kind and differentiable.
     potentials: the same without gradients.
-    vectors, scales: inside scores that guide the policy, [context, label], and their logarithmic
-        scales.
+    guide: inside scores of all spans, exact or not.
     encode: the policy's encoder; it runs when something is first asked of it.
     """
 
@@ -115,8 +154,7 @@ class ChartCondition:
     model: GrammarModel
     model_potentials: Potentials | ContextPotentials
     potentials: ContextPotentials
-    vectors: SpanTable
-    scales: SpanTable
+    guide: Guide
     encode: Callable[[], SpanEncoding]
 
     @cached_property
@@ -132,7 +170,7 @@ class ChartCondition:
         Float[Tensor, "batch spans nonterminals+1 nonterminals"],
     ]:
         """What it adds to b: for each label of a span, and for each label under each parent."""
-        labels = self.vectors.by_start.shape[-1]
+        labels = self.guide.nonterminals
         own, under = self.encoding.scores.tensor_split([labels], -1)
         return own, under.unflatten(-1, (labels + 1, labels))
 
@@ -154,7 +192,7 @@ class ChartCondition:
 
     def root_logits(self) -> Float[Tensor, "batch nonterminals"]:
         """Of the labels of whole sentences."""
-        guide = self.potentials.root * self.vectors.whole(self.lengths)[:, -1]
+        guide = self.potentials.root * self.guide.whole(self.lengths)
         sentence = torch.arange(len(guide), device=guide.device)
         span = self.encoding.index[torch.zeros_like(self.lengths), self.lengths]
         own, under = self.residual
@@ -167,8 +205,8 @@ class ChartCondition:
         valid = split < width
         split = torch.minimum(split, width - 1)
         middle = start + split
-        left_scale = self.scales.by_start[start, sentence, split]
-        right_scale = self.scales.by_start[middle, sentence, width - split]
+        left_scale = self.guide.scales.by_start[start, sentence, split]
+        right_scale = self.guide.scales.by_start[middle, sentence, width - split]
         scale = torch.where(valid, left_scale + right_scale, -torch.inf)
         largest = scale.amax(-1, keepdim=True).clamp(min=torch.finfo(scale.dtype).min)
         table, row, context = self.potentials, spans.sentence, self.seen(spans.context)
@@ -189,7 +227,7 @@ class ChartCondition:
         self, sentence: Tensor, start: Tensor, width: Tensor, parent: Int[Tensor, "spans"]
     ) -> Float[Tensor, "spans splits nonterminals"]:
         """exp b of each label, without its scale; 0 for words."""
-        guide = self.vectors.by_start[start, sentence, width, self.seen(parent)[:, None]]
+        guide = self.guide.scores(sentence, start, width, self.seen(parent)[:, None])
         # A word has no span, and a guide of 0.
         span = self.encoding.index[start, torch.where(width > 1, start + width, start)]
         own, under = self.residual
@@ -263,7 +301,7 @@ class ChartPolicy(NumberedPolicy):
             potentials = AnnotatedPotentials.of_context_free(potentials)
         potentials = potentials.detach()
         with torch.no_grad():
-            vectors, scales = self._guide(model, potentials)
+            guide = self._guide(model, potentials)
         gradients = torch.is_grad_enabled()
 
         def encode() -> SpanEncoding:
@@ -271,45 +309,33 @@ class ChartPolicy(NumberedPolicy):
             with torch.set_grad_enabled(gradients):
                 return self.encoder(potentials.preterminal, x.lengths)
 
-        self.last_condition = ChartCondition(
-            x, model, model_potentials, potentials, vectors, scales, encode
-        )
+        self.last_condition = ChartCondition(x, model, model_potentials, potentials, guide, encode)
         return self.last_condition
 
-    def _guide(
-        self, model: GrammarModel, potentials: ContextPotentials
-    ) -> tuple[SpanTable, SpanTable]:
-        """Inside scores [context, label] and their logarithmic scales."""
+    def _guide(self, model: GrammarModel, potentials: ContextPotentials) -> Guide:
         batch, length = potentials.log_scale.shape
-        nonterminals, contexts = len(potentials.root), potentials.contexts
         if self.guide == "none":
             like = potentials.root
-            vectors = SpanTable.zeros(like, length, batch, contexts, nonterminals)
+            vectors = SpanTable.zeros(like, length, batch, potentials.contexts, len(like))
             for width in range(2, length + 1):
                 vectors.put(
                     width, torch.ones_like(vectors.by_start[: length - width + 1, :, width])
                 )
-            return vectors, SpanTable.zeros(like, length, batch)
+            return Guide(vectors, SpanTable.zeros(like, length, batch))
         if isinstance(model, AnnotatedModel):
             if self.guide == "exact":
-                return model.chart(potentials)
+                return Guide(*model.chart(potentials))
             return self._relaxed(potentials)
-        return _context_free(potentials, potentials.root.new_ones(nonterminals, 1))
+        return _context_free(potentials, potentials.root.new_ones(self.nonterminals, 1))
 
-    def _relaxed(self, potentials: ContextPotentials) -> tuple[SpanTable, SpanTable]:
+    def _relaxed(self, potentials: ContextPotentials) -> Guide:
         weight = self.usage + PRIOR
         weight = (weight / weight.sum(-1, keepdim=True)).to(potentials.root.dtype)
-        vectors, scales = _context_free(potentials, weight)
-        by_start, by_end = (
-            table.repeat_interleave(weight.shape[1], -2)
-            for table in (vectors.by_start, vectors.by_end)
-        )
-        vectors = SpanTable(by_start, by_end)
-        exact = potentials.two_words().transpose(0, 1)
+        guide = _context_free(potentials, weight)
+        exact = potentials.two_words()
         peak = exact.amax((-1, -2))
-        vectors.put(2, exact / torch.where(peak > 0, peak, 1.0)[..., None, None])
-        scales.put(2, peak.log())
-        return vectors, scales
+        guide.scales.put(2, peak.log().t())
+        return replace(guide, two_words=exact / torch.where(peak > 0, peak, 1.0)[..., None, None])
 
     def sample(
         self, condition: ChartCondition, samples: int, behaviour: Behaviour = ON_POLICY
@@ -557,14 +583,16 @@ class ChartPolicy(NumberedPolicy):
         """
         assert trees.labels is not None
         batch, samples, nodes = trees.start.shape
-        encoding, scales = condition.encoding, condition.scales.by_start
+        encoding, scales = condition.encoding, condition.guide.scales
         sentence = torch.arange(batch, device=order.device)[:, None, None]
         label = trees.labels.clamp(min=0)
         width = (trees.end - trees.start).clamp(min=0)
         span = encoding.index[trees.start, trees.end]
         seen = condition.seen(context)
-        guide = _log(condition.vectors.by_start[trees.start, sentence, width, seen, label])
-        guide = guide + scales[trees.start, sentence, width] + encoding.flow[sentence, span, label]
+        guide = condition.guide.scores(sentence, trees.start, width, seen)
+        guide = _log(guide.gather(-1, label[..., None]).squeeze(-1))
+        guide = guide + scales.by_start[trees.start, sentence, width]
+        guide = guide + encoding.flow[sentence, span, label]
         guide = torch.where(trees.exists, guide, 0.0).flatten(0, 1)
         # A node is open from the step behind its parent's to its own.
         rank = order.argsort(-1).view_as(trees.start)
@@ -578,9 +606,9 @@ class ChartPolicy(NumberedPolicy):
         learned = torch.where((made < step) & (step <= rank), guide, 0.0).sum(-1)
         split = torch.where(step > rank, rules.flatten(0, 1), 0.0).sum(-1)
         whole = encoding.index[torch.zeros_like(condition.lengths), condition.lengths]
-        log_z = _log(condition.potentials.root * condition.vectors.whole(condition.lengths)[:, -1])
+        log_z = _log(condition.potentials.root * condition.guide.whole(condition.lengths))
         log_z = (log_z + encoding.flow[sentence[:, 0, 0], whole]).logsumexp(-1)
-        log_z = log_z + condition.scales.whole(condition.lengths)
+        log_z = log_z + scales.whole(condition.lengths)
         log_z, words = (
             value.repeat_interleave(samples)[None]
             for value in (log_z, condition.potentials.total_log_scale)
@@ -619,11 +647,12 @@ class ChartPolicy(NumberedPolicy):
 
 def _context_free(
     potentials: ContextPotentials, weight: Float[Tensor, "nonterminals contexts"]
-) -> tuple[SpanTable, SpanTable]:
+) -> Guide:
     """Inside scores, [one context, label], of rules averaged over contexts with weights."""
     averaged = potentials.averaged(weight)
     vectors, scales = inside.inside_scores(potentials.root, *averaged, potentials.lengths)
-    return SpanTable(vectors.by_start[..., None, :], vectors.by_end[..., None, :]), scales
+    vectors = SpanTable(vectors.by_start[..., None, :], vectors.by_end[..., None, :])
+    return Guide(vectors, scales)
 
 
 def _log(x: Tensor) -> Tensor:

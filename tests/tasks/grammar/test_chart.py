@@ -398,21 +398,24 @@ def test_the_relaxation_averages_rules_over_the_parents_counted():
     vectors, scales = inside.inside_scores(
         p.root,
         p.rules[own],
-        p.left[:, :, own[0], own[1]],
-        p.right[:, :, own[0], own[1]],
+        p.left[p.word][:, :, own[0], own[1]],
+        p.right[p.word][:, :, own[0], own[1]],
         p.both[:, :, own[0], own[1]],
         p.lengths,
     )
+    guide, sentence, context = condition.guide, torch.arange(2)[:, None], torch.arange(3)
     for width in (3, 6):
-        for context in range(3):
-            torch.testing.assert_close(
-                condition.vectors.by_end[6, :, 6 - width, context], vectors.by_end[6, :, 6 - width]
-            )
+        start = torch.tensor(6 - width)
         torch.testing.assert_close(
-            condition.scales.by_start[0, :, width], scales.by_start[0, :, width]
+            guide.scores(sentence, start, torch.tensor(width), context),
+            vectors.by_start[start, :, width, None].expand(-1, 3, -1),
+        )
+        torch.testing.assert_close(
+            guide.scales.by_start[start, :, width], scales.by_start[start, :, width]
         )
     # Two words are exact under each parent.
-    two = condition.vectors.by_start[1, :, 2] * condition.scales.by_start[1, :, 2, None, None].exp()
+    two = guide.scores(sentence, torch.tensor(1), torch.tensor(2), context)
+    two = two * guide.scales.by_start[1, :, 2, None, None].exp()
     torch.testing.assert_close(two, p.both[:, 1].mT)
 
 
