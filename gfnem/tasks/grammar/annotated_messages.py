@@ -6,6 +6,7 @@ summed over the labels below.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,13 +15,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gfnem.categorical import sample_categorical
-from gfnem.tasks.grammar.annotated import AnnotatedPotentials, ContextPotentials
+from gfnem.tasks.grammar.annotated import AnnotatedPotentials, ContextPotentials, DenseGrammar
 from gfnem.tasks.grammar.messages import (
     INNER,
     LEAVES,
     WORD_LEFT,
     WORD_RIGHT,
     Levels,
+    log,
     positive,
     root_score,
     rule_scores,
@@ -42,6 +44,77 @@ def log_joint_labelled(
     """
     rules = rule_scores(potentials, trees, contexts(trees, len(potentials.root)))
     return rules.sum(-1) + root_score(potentials, trees) + potentials.total_log_scale[:, None]
+
+
+def log_joint_by_gathers(
+    grammar: DenseGrammar, words: Int[Tensor, "batch length"], trees: Trees
+) -> Float[Tensor, "batch samples"]:
+    """`log_joint_labelled` without tables of the words: of each rule just what it needs.
+
+    Much less work for a few trees of each sentence.
+
+    Raises ValueError when the trees have no labels.
+    """
+    context = contexts(trees, grammar.nonterminals)
+    assert trees.labels is not None
+    exists = trees.exists
+    sentence = torch.arange(len(words), device=words.device)[:, None, None].expand_as(exists)[
+        exists
+    ]
+    label = trees.labels[exists]
+    above = context[exists] * grammar.nonterminals + label
+    symbols = grammar.nonterminals + grammar.preterminals
+    preterminal = torch.arange(grammar.preterminals, device=words.device)
+    inner = [
+        trees.labels.gather(-1, child.clamp(min=0)).where(child >= 0, -1)[exists]
+        for child in trees.children()
+    ]
+    ends = words[sentence, trees.start[exists]], words[sentence, trees.end[exists] - 1]
+
+    def emissions(word: Tensor, nodes: Tensor) -> Tensor:
+        """Where log p(T -> w | T, A) is of each T."""
+        row = label[nodes] * grammar.preterminals
+        return (row[:, None] + preterminal) * grammar.emission.shape[-1] + word[nodes, None]
+
+    rules, emitted, kinds = [], [], []
+    for word_left in (True, False):
+        for word_right in (True, False):
+            nodes = (((inner[0] < 0) == word_left) & ((inner[1] < 0) == word_right)).nonzero()[:, 0]
+            # Symbols of the children: all preterminals, in a dimension of their own, or one label.
+            left = (grammar.nonterminals + preterminal)[:, None] if word_left else inner[0][nodes]
+            right = grammar.nonterminals + preterminal if word_right else inner[1][nodes]
+            left = left if word_left else left[:, None, None]
+            right = right if word_right else right[:, None, None]
+            rules.append((above[nodes, None, None] * symbols + left) * symbols + right)
+            emitted += [
+                emissions(word, nodes) if is_word else above.new_empty(len(nodes), 0)
+                for word, is_word in zip(ends, (word_left, word_right), strict=True)
+            ]
+            kinds.append(nodes)
+    # One look-up for all: the gradient of each is as large as the table.
+    rule = _looked_up(grammar.binary, rules)
+    emission = _looked_up(grammar.emission, emitted)
+    score = grammar.root.new_zeros(len(sentence))
+    for i, nodes in enumerate(kinds):
+        left, right = emission[2 * i], emission[2 * i + 1]
+        joint = rule[i]
+        joint = joint + left[:, :, None] if left.shape[1] else joint
+        joint = joint + right[:, None] if right.shape[1] else joint
+        joint = joint.flatten(1)
+        largest = joint.detach().amax(-1)
+        largest = torch.where(largest.isfinite(), largest, 0.0)
+        value = log((joint - largest[:, None]).exp().sum(-1)) + largest
+        score = score.index_put((nodes,), value)
+    rules = score.new_zeros(exists.shape).masked_scatter(exists, score)
+    top = trees.labels.gather(-1, trees.sizes.argmax(-1, keepdim=True)).squeeze(-1)
+    return rules.sum(-1) + grammar.root[top]
+
+
+def _looked_up(table: Tensor, places: Sequence[Int[Tensor, "..."]]) -> list[Tensor]:
+    """Of a table's entries in their order those at some places."""
+    values = table.flatten()[torch.cat([place.flatten() for place in places])]
+    parts = values.split([place.numel() for place in places])
+    return [part.view(place.shape) for part, place in zip(parts, places, strict=True)]
 
 
 def contexts(trees: Trees, nonterminals: int) -> Int[Tensor, "batch samples nodes"]:

@@ -162,17 +162,20 @@ class ChartCondition:
         """What the policy's encoder says of the spans."""
         return self.encode()
 
-    @property
     def residual(
         self,
-    ) -> tuple[
-        Float[Tensor, "batch spans nonterminals"],
-        Float[Tensor, "batch spans nonterminals+1 nonterminals"],
-    ]:
-        """What it adds to b: for each label of a span, and for each label under each parent."""
+        sentence: Int[Tensor, "*#spans"],
+        start: Int[Tensor, "*#spans"],
+        end: Int[Tensor, "*#spans"],
+        parent: Int[Tensor, "*#spans"],
+    ) -> Float[Tensor, "*spans nonterminals"]:
+        """What it adds to b: for each label of a span, and for each label under the parent's."""
         labels = self.guide.nonterminals
-        own, under = self.encoding.scores.tensor_split([labels], -1)
-        return own, under.unflatten(-1, (labels + 1, labels))
+        table = self.encoding.scores.unflatten(-1, (labels + 2, labels))
+        # One look-up for both: the gradient of each is as large as the table.
+        both = torch.stack([torch.zeros_like(parent), parent + 1], -1)
+        span = self.encoding.index[start, end]
+        return table[sentence[..., None], span[..., None], both].sum(-2)
 
     @property
     def lengths(self) -> Int[Tensor, "batch"]:
@@ -194,9 +197,9 @@ class ChartCondition:
         """Of the labels of whole sentences."""
         guide = self.potentials.root * self.guide.whole(self.lengths)
         sentence = torch.arange(len(guide), device=guide.device)
-        span = self.encoding.index[torch.zeros_like(self.lengths), self.lengths]
-        own, under = self.residual
-        return _log(guide) + own[sentence, span] + under[sentence, span, -1]
+        start = torch.zeros_like(sentence)
+        under_s = torch.full_like(sentence, guide.shape[1])
+        return _log(guide) + self.residual(sentence, start, self.lengths, under_s)
 
     def splits(self, spans: Spans) -> Splits:
         """Spans of at least three words each."""
@@ -211,8 +214,12 @@ class ChartCondition:
         largest = scale.amax(-1, keepdim=True).clamp(min=torch.finfo(scale.dtype).min)
         table, row, context = self.potentials, spans.sentence, self.seen(spans.context)
         last = spans.start + spans.width - 1
-        left = self._child(sentence, start, split, spans.label)
-        right = self._child(sentence, middle, width - split, spans.label)
+        left, right = self._children(
+            sentence,
+            torch.stack([start.expand_as(middle), middle]),
+            torch.stack([split, width - split]),
+            spans.label[:, None],
+        )
         wide = torch.arange(len(row), device=row.device), spans.width - 2
         return Splits(
             weights=(scale - largest).exp(),
@@ -223,15 +230,18 @@ class ChartCondition:
             word_right=table.word_right_rules(row, last, spans.label, context) * left[wide],
         )
 
-    def _child(
-        self, sentence: Tensor, start: Tensor, width: Tensor, parent: Int[Tensor, "spans"]
-    ) -> Float[Tensor, "spans splits nonterminals"]:
+    def _children(
+        self,
+        sentence: Int[Tensor, "spans 1"],
+        start: Int[Tensor, "2 spans splits"],
+        width: Int[Tensor, "2 spans splits"],
+        parent: Int[Tensor, "spans 1"],
+    ) -> Float[Tensor, "2 spans splits nonterminals"]:
         """exp b of each label, without its scale; 0 for words."""
-        guide = self.guide.scores(sentence, start, width, self.seen(parent)[:, None])
+        guide = self.guide.scores(sentence, start, width, self.seen(parent))
         # A word has no span, and a guide of 0.
-        span = self.encoding.index[start, torch.where(width > 1, start + width, start)]
-        own, under = self.residual
-        return guide * (own[sentence, span] + under[sentence, span, parent[:, None]]).exp()
+        end = torch.where(width > 1, start + width, start)
+        return guide * self.residual(sentence, start, end, parent).exp()
 
 
 class ChartPolicy(NumberedPolicy):

@@ -76,6 +76,13 @@ class AnnotatedModel(GrammarModel):
 
         return Rules(grammar.root.exp(), expand, emit)
 
+    def log_joint(self, x: Sentences, z: Trees) -> Float[Tensor, "batch samples"]:
+        grammar = self.grammar()
+        if z.labels is not None and isinstance(grammar, DenseGrammar):
+            value = annotated_messages.log_joint_by_gathers(grammar, x.words, z)
+            return value + self.log_prior_weight(z)
+        return self.log_joint_given(grammar.potentials(x.words, x.lengths), z)
+
     def log_grammar_given(
         self, potentials: ContextPotentials, z: Trees
     ) -> Float[Tensor, "batch samples"]:

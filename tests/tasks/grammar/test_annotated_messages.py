@@ -8,6 +8,7 @@ import torch
 from gfnem.tasks.grammar.annotated import DenseGrammar
 from gfnem.tasks.grammar.annotated_messages import (
     contexts,
+    log_joint_by_gathers,
     log_joint_labelled,
     log_joint_shape,
     sample_labels,
@@ -38,12 +39,16 @@ def test_log_joint_of_every_shape_is_that_of_enumeration(seed):
         torch.testing.assert_close(value[index].tolist(), expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("gathers", [False, True])
 @pytest.mark.parametrize("seed", [2, 3])
-def test_log_joint_of_labelled_trees_is_that_of_enumeration(seed):
+def test_log_joint_of_labelled_trees_is_that_of_enumeration(seed, gathers):
     grammar = annotated_oracle.random_grammar(seed=seed, temperature=0.5)
     words, lengths = oracle.random_sentences(LENGTHS, seed=seed)
     trees = random_labels(every_shape(lengths), 3)
-    value = log_joint_labelled(grammar.potentials(words, lengths), trees)
+    if gathers:
+        value = log_joint_by_gathers(grammar, words, trees)
+    else:
+        value = log_joint_labelled(grammar.potentials(words, lengths), trees)
     rules = annotated_oracle.Rules(grammar)
     for index in range(len(LENGTHS)):
         sentence = oracle.sentence(words, lengths, index)
@@ -52,6 +57,30 @@ def test_log_joint_of_labelled_trees_is_that_of_enumeration(seed):
             for sample in range(trees.start.shape[1])
         ]
         torch.testing.assert_close(value[index].tolist(), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_gathers_have_the_gradients_of_tables(zeros):
+    grammar = annotated_oracle.random_grammar(seed=5, temperature=0.5)
+    words, lengths = oracle.random_sentences(LENGTHS, seed=5)
+    trees = random_labels(every_shape(lengths), 3)
+    if zeros:
+        # No word comes of the first preterminal, and some rules are impossible.
+        emission, binary = grammar.emission.clone(), grammar.binary.clone()
+        emission[:, 0], binary[0, 1] = -inf, -inf
+        grammar = DenseGrammar(grammar.root, binary, emission)
+    rules = annotated_oracle.with_gradients(grammar)
+    by_tables = log_joint_labelled(DenseGrammar(*rules).potentials(words, lengths), trees)
+    by_gathers = log_joint_by_gathers(DenseGrammar(*rules), words, trees)
+    torch.testing.assert_close(by_gathers, by_tables)
+    assert by_gathers.isinf().any() == zeros
+    possible = by_tables.isfinite()
+    for one, other in zip(
+        torch.autograd.grad(by_gathers[possible].sum(), rules),
+        torch.autograd.grad(by_tables[possible].sum(), rules),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
 
 
 def test_gradients_of_shapes_are_expected_counts():
