@@ -144,7 +144,7 @@ class ChartCondition:
     """A batch of sentences as the policy sees it.
 
     model: the grammar.
-    model_potentials: what it says of the words, of its own kind and differentiable.
+    model_potentials: what it says of the words, of its own kind; for shapes differentiable.
     potentials: the same without gradients.
     guide: inside scores of all spans, exact or not.
     encode: the policy's encoder; it runs when something is first asked of it.
@@ -305,7 +305,9 @@ class ChartPolicy(NumberedPolicy):
             )
 
     def condition(self, model: GrammarModel, x: Sentences) -> ChartCondition:
-        model_potentials = model.potentials(x)
+        # M-steps look up the rules of labelled trees one by one, which tables need not remember.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.latent == "shape"):
+            model_potentials = model.potentials(x)
         potentials = model_potentials
         if isinstance(potentials, Potentials):
             potentials = AnnotatedPotentials.of_context_free(potentials)
@@ -506,7 +508,7 @@ class ChartPolicy(NumberedPolicy):
             fixed = fixed + condition.potentials.total_log_scale[:, None]
             labelled = fixed + rules.sum(-1)
         z = trees if self.latent == "labelled" else trees.shapes()
-        log_grammar = condition.log_grammar(z)
+        log_grammar = labelled if z.labels is not None else condition.log_grammar(z)
         model_log_joint = log_grammar + condition.model.log_prior_weight(z)
         log_joint = model_log_joint.detach()
         leave = torch.zeros_like(forward[:1])
