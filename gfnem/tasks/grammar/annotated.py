@@ -283,6 +283,44 @@ def mean_log_word(
     return mean.clamp(min=torch.finfo(mean.dtype).tiny).log() + log_scale
 
 
+class _Probabilities(torch.autograd.Function):
+    """Probabilities of rules [A, P, left child, right child], apart by which children are words.
+
+    Both nonterminals, [A, P, B, C]; the left a word, [A, T, P, C]; the right a word, [A, U, P, B];
+    both words, [A, T, P, U]. Each is written where the products that follow want it, and so is its
+    gradient: the rules are many and every copy of them shows.
+    """
+
+    @staticmethod
+    def forward(ctx, log_rules: Tensor, nonterminals: int):  # pyright: ignore
+        parts = tuple(
+            torch.exp(view, out=view.new_empty(view.shape))
+            for view in _Probabilities._views(log_rules, nonterminals)
+        )
+        ctx.save_for_backward(*parts)
+        ctx.nonterminals, ctx.shape = nonterminals, log_rules.shape
+        return parts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor):  # pyright: ignore
+        total = grads[0].new_empty(ctx.shape)
+        views = _Probabilities._views(total, ctx.nonterminals)
+        for view, part, grad in zip(views, ctx.saved_tensors, grads, strict=True):
+            torch.mul(part, grad, out=view)
+        return total, None
+
+    @staticmethod
+    def _views(rules: Tensor, nonterminals: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        inner, word = slice(nonterminals), slice(nonterminals, None)
+        return (
+            rules[:, :, inner, inner],
+            rules[:, :, word, inner].transpose(1, 2),
+            rules[:, :, inner, word].permute(0, 3, 1, 2),
+            rules[:, :, word, word].transpose(1, 2),
+        )
+
+
 class _WordPairs(torch.autograd.Function):
     """Sum over T and U of first[A, i, T] rules[A, T, P, U] second[A, i, U], indexed [A, i, P].
 
@@ -292,7 +330,6 @@ class _WordPairs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, first: Tensor, second: Tensor, rules: Tensor) -> Tensor:  # pyright: ignore
-        rules = rules.contiguous()
         ctx.save_for_backward(first, second, rules)
         value = first.new_empty(*first.shape[:2], rules.shape[2])
         for label, pair in _WordPairs._pairs(first, rules):
@@ -341,15 +378,12 @@ class DenseGrammar(AnnotatedGrammar):
     def potentials(
         self, words: Int[Tensor, "batch length"], lengths: Int[Tensor, "batch"]
     ) -> AnnotatedPotentials:
-        nt = self.nonterminals
         # Tables are large and words come again: every one has a table but once.
         words, word = words.unique(return_inverse=True)
         emission, log_scale = self._emissions(words)
         gaps = torch.Size((len(word), word.shape[1] - 1))
-        # Split, not sliced: the gradient of a slice is as large as what it is cut from.
-        by_left = self.binary.transpose(0, 1).exp().split((nt, self.preterminals), 2)
-        (rules, inner_word), (word_inner, word_word) = (
-            part.split((nt, self.preterminals), 3) for part in by_left
+        rules, word_inner, inner_word, word_word = _Probabilities.apply(
+            self.binary.transpose(0, 1), self.nonterminals
         )
 
         def of_word(rules: Tensor) -> Tensor:
@@ -357,12 +391,12 @@ class DenseGrammar(AnnotatedGrammar):
             table = torch.bmm(emission, rules.flatten(2))
             return table.unflatten(2, rules.shape[2:]).transpose(0, 1)
 
-        left = of_word(word_inner.transpose(1, 2))
-        right = of_word(inner_word.permute(0, 3, 1, 2))
+        left = of_word(word_inner)
+        right = of_word(inner_word)
         both = _WordPairs.apply(
             emission[:, word[:, :-1].flatten()],
             emission[:, word[:, 1:].flatten()],
-            word_word.transpose(1, 2),
+            word_word,
         )
         both = both.unflatten(1, gaps).permute(1, 2, 0, 3)
         return AnnotatedPotentials(
