@@ -322,42 +322,52 @@ class _Probabilities(torch.autograd.Function):
 
 
 class _WordPairs(torch.autograd.Function):
-    """Sum over T and U of first[A, i, T] rules[A, T, P, U] second[A, i, U], indexed [A, i, P].
+    """Sum over T and U of emission[A, v, T] rules[A, T, P, U] emission[A, w, U], indexed [A, i, P],
+    v and w being the first and the second word of the pair i.
 
     Label by label, so that what has all of i, P and U stays small: memory that is seen for the
     first time costs more than the products.
     """
 
     @staticmethod
-    def forward(ctx, first: Tensor, second: Tensor, rules: Tensor) -> Tensor:  # pyright: ignore
-        ctx.save_for_backward(first, second, rules)
-        value = first.new_empty(*first.shape[:2], rules.shape[2])
-        for label, pair in _WordPairs._pairs(first, rules):
-            torch.bmm(pair, second[label, :, :, None], out=value[label, :, :, None])
+    def forward(ctx, emission, rules, first, second):  # pyright: ignore
+        ctx.save_for_backward(emission, rules, first, second)
+        value = emission.new_empty(len(rules), len(first), rules.shape[2])
+        for label, _, pair in _WordPairs._pairs(emission, rules, first):
+            torch.bmm(pair, emission[label, second, :, None], out=value[label, :, :, None])
         return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # pyright: ignore
-        first, second, rules = ctx.saved_tensors
-        grads = tuple(torch.empty_like(x) for x in (first, second, rules))
-        grad_first, grad_second, grad_rules = grads
-        grad = grad.contiguous()
-        for label, pair in _WordPairs._pairs(first, rules):
-            torch.bmm(grad[label, :, None], pair, out=grad_second[label, :, None])
-            torch.mul(grad[label, :, :, None], second[label, :, None], out=pair)
-            flat, flat_rules = pair.flatten(1), rules[label].flatten(1)
-            torch.mm(first[label].t(), flat, out=grad_rules[label].flatten(1))
-            torch.mm(flat, flat_rules.t(), out=grad_first[label])
-        return grads
+        emission, rules, first, second = ctx.saved_tensors
+        # Pairs that are together in no tree have no gradient.
+        used = grad.ne(0).any(-1).any(0).nonzero().squeeze(-1)
+        grad, first, second = grad[:, used], first[used], second[used]
+        grad_emission, grad_rules = torch.empty_like(emission), torch.empty_like(rules)
+        for label, of_word, pair in _WordPairs._pairs(emission, rules, first):
+            of_second = (grad[label, :, None] @ pair).squeeze(1)
+            torch.mul(grad[label, :, :, None], emission[label, second, None], out=pair)
+            of_word.zero_().index_add_(0, first, pair)
+            flat, flat_rules = of_word.flatten(1), rules[label].flatten(1)
+            torch.mm(emission[label].t(), flat, out=grad_rules[label].flatten(1))
+            torch.mm(flat, flat_rules.t(), out=grad_emission[label])
+            grad_emission[label].index_add_(0, second, of_second)
+        return grad_emission, grad_rules, None, None
 
     @staticmethod
-    def _pairs(first: Tensor, rules: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Each label and sum over T of first[i, T] rules[T, P, U], in memory that is used again."""
-        pair = first.new_empty(first.shape[1], *rules.shape[2:])
+    def _pairs(
+        emission: Tensor, rules: Tensor, first: Tensor
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Each label and sum over T of emission[v, T] rules[T, P, U], of all words and of the first
+        words of the pairs, in memory that is used again.
+        """
+        of_word = emission.new_empty(emission.shape[1], *rules.shape[2:])
+        pair = emission.new_empty(len(first), *rules.shape[2:])
         for label in range(len(rules)):
-            torch.mm(first[label], rules[label].flatten(1), out=pair.flatten(1))
-            yield label, pair
+            torch.mm(emission[label], rules[label].flatten(1), out=of_word.flatten(1))
+            torch.index_select(of_word, 0, first, out=pair)
+            yield label, of_word, pair
 
 
 @dataclass(frozen=True)
@@ -393,11 +403,7 @@ class DenseGrammar(AnnotatedGrammar):
 
         left = of_word(word_inner)
         right = of_word(inner_word)
-        both = _WordPairs.apply(
-            emission[:, word[:, :-1].flatten()],
-            emission[:, word[:, 1:].flatten()],
-            word_word,
-        )
+        both = _WordPairs.apply(emission, word_word, word[:, :-1].flatten(), word[:, 1:].flatten())
         both = both.unflatten(1, gaps).permute(1, 2, 0, 3)
         return AnnotatedPotentials(
             root=self.root.exp(),
