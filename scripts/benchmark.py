@@ -38,6 +38,7 @@ import torch
 
 from gfnem import objectives
 from gfnem.em import EM, Trainer, minimise
+from gfnem.errors import UserError
 from gfnem.inference import inference
 from gfnem.memory import keep_freed_memory
 from gfnem.model import LatentVariableModel
@@ -149,20 +150,36 @@ def recipe(repeats: int) -> list[Row]:
 
 
 def ncfg(repeats: int) -> list[Row]:
-    """32 sentences, 4 shapes each: the chart policy, in both precisions, and exact training."""
+    """32 sentences of the treebank, or random words without it: the chart policy with 4 shapes each
+    and, as published, with one labelled tree each and SubTB(1); exact training.
+    """
+    try:
+        data = treebank(max_length=LENGTH, batch_size=32)
+        corpus = list(data.split("train").batches(32))
+        order = torch.randperm(len(corpus), generator=torch.Generator().manual_seed(0)).tolist()
+        vocabulary, source = len(data.vocabulary), lambda: cycle(corpus[i] for i in order)
+    except UserError as error:
+        print(f"random words: {error}", file=sys.stderr)
+        vocabulary, source = VOCABULARY, lambda: batches(32)
+    sizes = NONTERMINALS, PRETERMINALS
     rows = []
-    for precision in ("highest", "medium"):
+    for latent, precision in product(("shape", "labelled"), ("highest", "medium")):
         torch.manual_seed(0)
         torch.set_float32_matmul_precision(precision)
-        model = NeuralNCFG(VOCABULARY, NONTERMINALS, PRETERMINALS, max_length=LENGTH)
-        posterior = GFlowNetPosterior(ChartPolicy(NONTERMINALS, PRETERMINALS, LENGTH))
-        row: Row = {"what": f"ncfg, chart, {precision}"}
-        row.update(iteration(model, posterior, batches(32), repeats))
-        row["m_step alone"] = m_step_alone(model, posterior, batches(32), repeats)
+        model = NeuralNCFG(vocabulary, *sizes, max_length=LENGTH, latent=latent)
+        policy = ChartPolicy(*sizes, LENGTH, latent)
+        if latent == "shape":
+            posterior = GFlowNetPosterior(policy)
+        else:
+            posterior = GFlowNetPosterior(policy, partial(objectives.subtb, lamda=1.0), samples=1)
+        row: Row = {"what": f"ncfg, chart, {latent}, {precision}"}
+        row.update(iteration(model, posterior, source(), repeats))
+        row["m_step alone"] = m_step_alone(model, posterior, source(), repeats)
         row["peak memory, GB"] = gigabytes()
         rows.append(row)
-        exact = exact_step(model, batches(32), max(repeats // 3, 3))
-        rows.append({"what": f"ncfg, exact, {precision}", "iteration": exact})
+        if latent == "shape" and precision == "highest":
+            exact = exact_step(model, source(), max(repeats // 3, 3))
+            rows.append({"what": "ncfg, exact", "iteration": exact})
     torch.set_float32_matmul_precision("highest")
     return rows
 
