@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from jaxtyping import Float, Int
@@ -57,57 +58,59 @@ def log_joint_by_gathers(
     """
     context = contexts(trees, grammar.nonterminals)
     assert trees.labels is not None
-    exists = trees.exists
-    sentence = torch.arange(len(words), device=words.device)[:, None, None].expand_as(exists)[
-        exists
-    ]
+    exists, nonterminals = trees.exists, grammar.nonterminals
     label = trees.labels[exists]
-    above = context[exists] * grammar.nonterminals + label
-    symbols = grammar.nonterminals + grammar.preterminals
+    rule_row = context[exists] * nonterminals + label
+    symbols = nonterminals + grammar.preterminals
     preterminal = torch.arange(grammar.preterminals, device=words.device)
-    inner = [
+    left_label, right_label = (
         trees.labels.gather(-1, child.clamp(min=0)).where(child >= 0, -1)[exists]
         for child in trees.children()
-    ]
-    ends = words[sentence, trees.start[exists]], words[sentence, trees.end[exists] - 1]
+    )
+    sentence = torch.arange(len(words), device=words.device)[:, None, None]
+    sentence = sentence.expand_as(exists)[exists]
+    first, last = words[sentence, trees.start[exists]], words[sentence, trees.end[exists] - 1]
 
-    def emissions(word: Tensor, nodes: Tensor) -> Tensor:
-        """Where log p(T -> w | T, A) is of each T."""
-        row = label[nodes] * grammar.preterminals
-        return (row[:, None] + preterminal) * grammar.emission.shape[-1] + word[nodes, None]
+    def emissions(is_word: bool, word: Tensor, nodes: Tensor) -> Tensor:
+        """Where log p(T -> w | T, A) is of each T; nothing for a child that is no word."""
+        if not is_word:
+            return word.new_empty(len(nodes), 0)
+        row = label[nodes, None] * grammar.preterminals + preterminal
+        return row * grammar.emission.shape[-1] + word[nodes, None]
 
-    rules, emitted, kinds = [], [], []
-    for word_left in (True, False):
-        for word_right in (True, False):
-            nodes = (((inner[0] < 0) == word_left) & ((inner[1] < 0) == word_right)).nonzero()[:, 0]
-            # Symbols of the children: all preterminals, in a dimension of their own, or one label.
-            left = (grammar.nonterminals + preterminal)[:, None] if word_left else inner[0][nodes]
-            right = grammar.nonterminals + preterminal if word_right else inner[1][nodes]
-            left = left if word_left else left[:, None, None]
-            right = right if word_right else right[:, None, None]
-            rules.append((above[nodes, None, None] * symbols + left) * symbols + right)
-            emitted += [
-                emissions(word, nodes) if is_word else above.new_empty(len(nodes), 0)
-                for word, is_word in zip(ends, (word_left, word_right), strict=True)
-            ]
-            kinds.append(nodes)
+    # The nodes of each kind, their rules [node, left child, right child] and what words ask.
+    kinds, rule_places, emission_places = [], [], []
+    for word_left, word_right in product((True, False), repeat=2):
+        kind = ((left_label < 0) == word_left) & ((right_label < 0) == word_right)
+        nodes = kind.nonzero().squeeze(-1)
+        left, right = (
+            nonterminals + preterminal[None] if is_word else child[nodes, None]
+            for is_word, child in ((word_left, left_label), (word_right, right_label))
+        )
+        above = rule_row[nodes, None, None] * symbols
+        kinds.append(nodes)
+        rule_places.append((above + left[:, :, None]) * symbols + right[:, None])
+        emission_places.append(emissions(word_left, first, nodes))
+        emission_places.append(emissions(word_right, last, nodes))
     # One look-up for all: the gradient of each is as large as the table.
-    rule = _looked_up(grammar.binary, rules)
-    emission = _looked_up(grammar.emission, emitted)
-    score = grammar.root.new_zeros(len(sentence))
-    for i, nodes in enumerate(kinds):
-        left, right = emission[2 * i], emission[2 * i + 1]
-        joint = rule[i]
-        joint = joint + left[:, :, None] if left.shape[1] else joint
-        joint = joint + right[:, None] if right.shape[1] else joint
+    rules = _looked_up(grammar.binary, rule_places)
+    emitted = _looked_up(grammar.emission, emission_places)
+    score = grammar.root.new_zeros(len(label))
+    for nodes, joint, on_left, on_right in zip(
+        kinds, rules, emitted[::2], emitted[1::2], strict=True
+    ):
+        if on_left.shape[1]:
+            joint = joint + on_left[:, :, None]
+        if on_right.shape[1]:
+            joint = joint + on_right[:, None]
         joint = joint.flatten(1)
         largest = joint.detach().amax(-1)
         largest = torch.where(largest.isfinite(), largest, 0.0)
         value = log((joint - largest[:, None]).exp().sum(-1)) + largest
         score = score.index_put((nodes,), value)
-    rules = score.new_zeros(exists.shape).masked_scatter(exists, score)
+    by_node = score.new_zeros(exists.shape).masked_scatter(exists, score)
     top = trees.labels.gather(-1, trees.sizes.argmax(-1, keepdim=True)).squeeze(-1)
-    return rules.sum(-1) + grammar.root[top]
+    return by_node.sum(-1) + grammar.root[top]
 
 
 def _looked_up(table: Tensor, places: Sequence[Int[Tensor, "..."]]) -> list[Tensor]:
