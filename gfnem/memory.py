@@ -14,8 +14,8 @@ def keep_freed_memory() -> bool:
     """Have the C library keep what tensors free on a CPU for those that come after them.
 
     glibc asks the system for pages of their own for every large tensor and hands them back with it,
-    so that every step of training waits for the same pages to be cleared again: 5 to 20 % of the time
-    of a grammar whose rules see the parent. PyTorch has no setting for it.
+    so that every step of training waits for the same pages to be cleared again: 5 to 20 % of its
+    time where the grammar's rules see the parent. PyTorch has no setting for it.
 
     Returns whether there was something to set; other C libraries are left as they are.
     """
