@@ -37,10 +37,10 @@ from typing import Any, Literal
 import torch
 
 from gfnem import objectives
+from gfnem.build import set_up
 from gfnem.em import EM, Trainer, minimise
 from gfnem.errors import UserError
 from gfnem.inference import inference
-from gfnem.memory import keep_freed_memory
 from gfnem.model import LatentVariableModel
 from gfnem.posterior import Posterior
 from gfnem.posteriors.exact import ExactPosterior
@@ -532,8 +532,8 @@ def main() -> None:
     parser.add_argument("--only", choices=SECTIONS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
-        torch.set_num_threads(options.threads)
-        keep_freed_memory()
+        # As `gfnem` does before it trains.
+        set_up(seed=0, threads=options.threads, device="cpu")
         rows = SECTIONS[options.only](options.repeats)
         print(json.dumps([{"peak memory, GB": gigabytes(), **row} for row in rows]))
         return
