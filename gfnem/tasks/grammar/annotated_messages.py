@@ -63,10 +63,7 @@ def log_joint_by_gathers(
     rule_row = context[exists] * nonterminals + label
     symbols = nonterminals + grammar.preterminals
     preterminal = torch.arange(grammar.preterminals, device=words.device)
-    left_label, right_label = (
-        trees.labels.gather(-1, child.clamp(min=0)).where(child >= 0, -1)[exists]
-        for child in trees.children()
-    )
+    left_label, right_label = (labels[exists] for labels in trees.child_labels())
     sentence = torch.arange(len(words), device=words.device)[:, None, None]
     sentence = sentence.expand_as(exists)[exists]
     first, last = words[sentence, trees.start[exists]], words[sentence, trees.end[exists] - 1]
@@ -109,8 +106,7 @@ def log_joint_by_gathers(
         value = log((joint - largest[:, None]).exp().sum(-1)) + largest
         score = score.index_put((nodes,), value)
     by_node = score.new_zeros(exists.shape).masked_scatter(exists, score)
-    top = trees.labels.gather(-1, trees.sizes.argmax(-1, keepdim=True)).squeeze(-1)
-    return by_node.sum(-1) + grammar.root[top]
+    return by_node.sum(-1) + grammar.root[trees.top_labels()]
 
 
 def _looked_up(table: Tensor, places: Sequence[Int[Tensor, "..."]]) -> list[Tensor]:

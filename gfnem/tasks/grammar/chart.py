@@ -468,19 +468,13 @@ class ChartPolicy(NumberedPolicy):
 
         Behind a shorter sentence's nodes there is nothing to choose: choice 0.
         """
-        assert trees.labels is not None
-        nodes = trees.start.shape[-1]
-        gap = torch.arange(nodes, device=trees.start.device)
-        left, right = trees.children()
-        below = [
-            torch.where(child >= 0, trees.labels.gather(-1, child.clamp(min=0)), 0)
-            for child in (left, right)
-        ]
+        gap = torch.arange(trees.start.shape[-1], device=trees.start.device)
+        below = (labels.clamp(min=0) for labels in trees.child_labels())
         choice = torch.where(trees.exists, self._coded(gap + 1 - trees.start, *below), 0)
         width = torch.where(trees.exists, trees.end - trees.start, 0)
         # Of equal widths those on the left come first, as gaps do.
         order = (-width).argsort(dim=-1, stable=True).flatten(0, 1)
-        top = trees.labels.flatten(0, 1).gather(1, order[:, :1])
+        top = trees.top_labels().flatten()[:, None]
         return torch.cat([top, choice.flatten(0, 1).gather(1, order)], 1), order
 
     def _paths(

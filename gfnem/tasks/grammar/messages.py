@@ -272,9 +272,7 @@ def root_score(
     potentials: Potentials | ContextPotentials, trees: Trees
 ) -> Float[Tensor, "batch samples"]:
     """log p(S -> A) of each tree's topmost label."""
-    assert trees.labels is not None
-    top = trees.labels.gather(-1, trees.sizes.argmax(-1, keepdim=True)).squeeze(-1)
-    return log(potentials.root[top])
+    return log(potentials.root[trees.top_labels()])
 
 
 def rule_scores(
@@ -294,13 +292,9 @@ def rule_scores(
         potentials = AnnotatedPotentials.of_context_free(potentials)
         context = torch.zeros_like(trees.labels)
     assert context is not None
-    below = [
-        torch.where(child < 0, -1, trees.labels.gather(-1, child.clamp(min=0)))
-        for child in trees.children()
-    ]
     exists = trees.exists
     sentence = torch.arange(len(exists), device=exists.device)[:, None, None].expand_as(exists)
-    at = (sentence, trees.start, trees.end, trees.labels, context, *below)
+    at = (sentence, trees.start, trees.end, trees.labels, context, *trees.child_labels())
     values = log(potentials.rule_probabilities(*(index[exists] for index in at)))
     return values.new_zeros(exists.shape).masked_scatter(exists, values)
 

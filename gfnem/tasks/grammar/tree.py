@@ -132,6 +132,23 @@ class Trees:
             torch.where(right >= 0, right % nodes, -1),
         )
 
+    def child_labels(
+        self,
+    ) -> tuple[Int[Tensor, "batch samples nodes"], Int[Tensor, "batch samples nodes"]]:
+        """The labels of each node's left and right child, for labelled trees; -1 for a word."""
+        labels = self.labels
+        assert labels is not None
+        left, right = (
+            torch.where(child < 0, -1, labels.gather(-1, child.clamp(min=0)))
+            for child in self.children()
+        )
+        return left, right
+
+    def top_labels(self) -> Int[Tensor, "batch samples"]:
+        """The label of each labelled tree's topmost node."""
+        assert self.labels is not None
+        return self.labels.gather(-1, self.sizes.argmax(-1, keepdim=True)).squeeze(-1)
+
     def rotate(self, node: Int[Tensor, "batch samples"]) -> Trees:
         """The shapes that result when a node of each tree takes its parent's place.
 
