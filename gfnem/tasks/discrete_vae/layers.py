@@ -3,30 +3,11 @@
 from __future__ import annotations
 
 from itertools import zip_longest
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from gfnem.errors import UserError
-
-Precision = Literal["float32", "bfloat16"]
-
-
-def check_precision(owner: str, precision: str) -> None:
-    if precision not in ("float32", "bfloat16"):
-        raise UserError(f"{owner}.precision is {precision!r}; use 'float32' or 'bfloat16'")
-
-
-def training_precision(network: nn.Module, precision: Precision) -> torch.autocast:
-    """A context that runs layers in a precision while the network is in training mode."""
-    return in_precision(network, precision if network.training else "float32")
-
-
-def in_precision(network: nn.Module, precision: Precision) -> torch.autocast:
-    """A context that runs layers in a precision."""
-    device = next(network.parameters()).device.type
-    return torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 class Residual(nn.Module):

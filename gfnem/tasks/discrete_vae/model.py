@@ -12,15 +12,11 @@ from torch import Tensor, nn
 from gfnem.errors import UserError
 from gfnem.posteriors.exact import TractableModel
 from gfnem.posteriors.importance import PriorModel
+from gfnem.precision import Precision, check_precision, in_precision
 from gfnem.tasks.discrete_vae.causal import PriorName, prior_named
 from gfnem.tasks.discrete_vae.codes import Codes, distinct
 from gfnem.tasks.discrete_vae.data import Images, Pixels
-from gfnem.tasks.discrete_vae.layers import (
-    Precision,
-    check_precision,
-    in_precision,
-    upwards,
-)
+from gfnem.tasks.discrete_vae.layers import upwards
 from gfnem.tasks.discrete_vae.likelihood import Bernoulli, DiscretisedLogistic, Likelihood
 
 # Grids of more codes than this are not enumerated.

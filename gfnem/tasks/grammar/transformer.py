@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from gfnem.errors import UserError
 from gfnem.posteriors.gflownet import Behaviour, Paths
+from gfnem.precision import Precision, check_precision, in_precision
 from gfnem.tasks.grammar.env import Forest
 from gfnem.tasks.grammar.jagged import Groups, JaggedTransformer, with_round_rows
 from gfnem.tasks.grammar.messages import Levels
@@ -54,14 +55,13 @@ class TransformerPolicy(ForestPolicy):
         layers: int = 2,
         heads: int = 4,
         encoder_width: int = 128,
-        precision: Literal["float32", "bfloat16"] = "float32",
+        precision: Precision = "float32",
     ):
         super().__init__(nonterminals, preterminals, max_length, latent, backward, encoder_width)
         if width % heads:
             raise UserError(f"policy.width={width} is not divisible by policy.heads={heads}")
-        if precision not in ("float32", "bfloat16"):
-            raise UserError(f"policy.precision is {precision!r}; use 'float32' or 'bfloat16'")
-        self.precision = precision
+        check_precision("policy", precision)
+        self.precision: Precision = precision
         # In a tuple, so that it is no submodule.
         self._rounding: tuple[int, JaggedTransformer] | None = None
         self.word = nn.Embedding(vocabulary, width)
@@ -229,10 +229,7 @@ class TransformerPolicy(ForestPolicy):
         return rounded
 
     def autocast(self, enabled: bool) -> torch.autocast:
-        device = self.word.weight.device.type
-        return torch.autocast(
-            device, torch.bfloat16, enabled=enabled and self.precision == "bfloat16"
-        )
+        return in_precision(self, self.precision if enabled else "float32")
 
     @contextmanager
     def _weights_cast_once(self) -> Iterator[None]:

@@ -9,11 +9,9 @@ from torch import nn
 from gfnem.errors import UserError
 from gfnem.tasks.discrete_vae.layers import (
     EachPixel,
-    Precision,
     Spread,
     downwards,
     halvings,
-    training_precision,
     upwards,
 )
 from tests.tasks.discrete_vae.tiny import make_model, make_policy
@@ -129,16 +127,3 @@ def test_networks_are_compiled_on_request(monkeypatch):
     assert not compiled
     model, policy = make_model(compile=True), make_policy(compile=True)
     assert compiled == [model.decoder, policy.encoder]
-
-
-def test_reduced_precision_is_for_training():
-    layer, x = nn.Linear(2, 2), torch.ones(1, 2)
-    cases: list[tuple[Precision, bool, torch.dtype]] = [
-        ("bfloat16", True, torch.bfloat16),
-        ("bfloat16", False, torch.float32),
-        ("float32", True, torch.float32),
-    ]
-    for precision, training, expected in cases:
-        layer.train(training)
-        with training_precision(layer, precision):
-            assert layer(x).dtype == expected
