@@ -46,6 +46,6 @@ def cpu_has_bfloat16() -> bool:
 @cache
 def _warn_once() -> None:
     logger.warning(
-        "this CPU has no instructions for bfloat16, which takes many times as long as float32 here: "
+        "this CPU has no instructions for bfloat16, which takes many times as long as float32: "
         "choose precision=float32 for the model and the policy"
     )
