@@ -24,12 +24,12 @@ from gfnem.tasks.grammar.potentials import MergePotentials, Potentials, Same
 
 
 class AveragedRules(NamedTuple):
-    """Rules without a context, as in `Potentials`."""
+    """Rules as in `Potentials`, each averaged over contexts in several ways."""
 
-    rules: Float[Tensor, "nonterminals nonterminals nonterminals"]
-    left: Float[Tensor, "batch length nonterminals nonterminals"]
-    right: Float[Tensor, "batch length nonterminals nonterminals"]
-    both: Float[Tensor, "batch gaps nonterminals"]
+    rules: Float[Tensor, "nonterminals ways nonterminals nonterminals"]
+    left: Float[Tensor, "batch length nonterminals ways nonterminals"]
+    right: Float[Tensor, "batch length nonterminals ways nonterminals"]
+    both: Float[Tensor, "batch gaps nonterminals ways"]
 
 
 class ContextPotentials(MergePotentials):
@@ -96,8 +96,8 @@ class ContextPotentials(MergePotentials):
         """Of one rule for each span; a child's label is -1 for the span's first or last word."""
 
     @abstractmethod
-    def averaged(self, weight: Float[Tensor, "nonterminals contexts"]) -> AveragedRules:
-        """Context-free rules: sums over contexts P, with weights that depend on A and P."""
+    def averaged(self, weight: Float[Tensor, "ways nonterminals contexts"]) -> AveragedRules:
+        """Sums over contexts P, in each way with weights that depend on A and P."""
 
 
 @dataclass(frozen=True)
@@ -212,14 +212,14 @@ class AnnotatedPotentials(ContextPotentials):
     def averaged(self, weight: Tensor) -> AveragedRules:
         def of_words(table: Tensor) -> Tensor:
             # Labels first, as in memory, so that nothing is copied.
-            average = weight[:, None, None] @ table.transpose(0, 1)
-            return average.squeeze(-2).transpose(0, 1)[self.word]
+            return (weight[:, None] @ table.transpose(0, 1)).transpose(0, 1)[self.word]
 
+        weight = weight.transpose(0, 1)
         return AveragedRules(
-            rules=torch.einsum("apbc,ap->abc", self.rules, weight),
+            rules=torch.einsum("apbc,awp->awbc", self.rules, weight),
             left=of_words(self.left),
             right=of_words(self.right),
-            both=torch.einsum("niap,ap->nia", self.both, weight),
+            both=torch.einsum("niap,awp->niaw", self.both, weight),
         )
 
 
@@ -240,6 +240,10 @@ class AnnotatedGrammar(ABC):
     @property
     def preterminals(self) -> int:
         return self.emission.shape[1]
+
+    @abstractmethod
+    def under_parents(self) -> Float[Tensor, "contexts nonterminals outcomes"]:
+        """Log-probabilities of what a nonterminal becomes under each context."""
 
     @abstractmethod
     def draw_children(
@@ -377,6 +381,9 @@ class DenseGrammar(AnnotatedGrammar):
     root: Float[Tensor, "nonterminals"]
     binary: Float[Tensor, "contexts nonterminals symbols symbols"]
     emission: Float[Tensor, "nonterminals preterminals vocabulary"]
+
+    def under_parents(self) -> Tensor:
+        return self.binary.flatten(2)
 
     def draw_children(
         self, label: Tensor, context: Tensor, generator: torch.Generator | None

@@ -18,7 +18,7 @@ labellings: the last choice forgets the labels, and has P_B = p(labels | shape, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -38,21 +38,22 @@ from gfnem.posteriors.gflownet import (
     trajectories_of_choices,
 )
 from gfnem.posteriors.sequence_env import SequenceEnv
-from gfnem.tasks.grammar import inside
 from gfnem.tasks.grammar.annotated import AnnotatedPotentials, ContextPotentials
 from gfnem.tasks.grammar.annotated_messages import contexts
 from gfnem.tasks.grammar.chart_estimators import ChartEstimator
 from gfnem.tasks.grammar.data import Sentences
 from gfnem.tasks.grammar.encoder import SpanEncoder, SpanEncoding
+from gfnem.tasks.grammar.guide import Guide, cluster_parents, context_free, relaxed, unguided
 from gfnem.tasks.grammar.messages import root_score, rule_scores
 from gfnem.tasks.grammar.model import GrammarModel, ParsingModel, check_latent
 from gfnem.tasks.grammar.ncfg import AnnotatedModel
 from gfnem.tasks.grammar.potentials import Potentials
-from gfnem.tasks.grammar.spans import SpanTable
 from gfnem.tasks.grammar.tree import Trees
 
-# How fast old samples are forgotten in the counts of parents, and what every parent has beside.
-DECAY, PRIOR = 0.95, 0.05
+# How fast old samples are forgotten in the counts of parents.
+DECAY = 0.95
+# Parents are clustered anew after so many batches.
+CLUSTERING = 50
 
 
 class Spans(NamedTuple):
@@ -97,46 +98,6 @@ class Splits(NamedTuple):
         options = options.index_put((row, none, none), self.word_left)
         options = options.transpose(2, 3).index_put((row, width - 2, none), self.word_right)
         return (self.weights[..., None, None] * options.transpose(2, 3)).flatten(1)
-
-
-@dataclass(frozen=True)
-class Guide:
-    """Inside scores of spans that guide the policy, [context, label], each span with a scale.
-
-    vectors: relative to the scale; with one context for all where a grammar's relaxation sees none.
-    scales: their logarithms.
-    two_words: of the spans of two words, by their start, where they have contexts of their own.
-    """
-
-    vectors: SpanTable
-    scales: SpanTable
-    two_words: Float[Tensor, "batch gaps contexts nonterminals"] | None = None
-
-    @property
-    def nonterminals(self) -> int:
-        return self.vectors.by_start.shape[-1]
-
-    def scores(
-        self,
-        sentence: Int[Tensor, "*#spans"],
-        start: Int[Tensor, "*#spans"],
-        width: Int[Tensor, "*#spans"],
-        context: Int[Tensor, "*#spans"],
-    ) -> Float[Tensor, "*spans nonterminals"]:
-        """Of each label; 0 for words."""
-        if self.two_words is None:
-            return self.vectors.by_start[start, sentence, width, context]
-        sentence, start, width, context = torch.broadcast_tensors(sentence, start, width, context)
-        scores = self.vectors.by_start[start, sentence, width, 0]
-        two = (width == 2).nonzero(as_tuple=True)
-        scores[two] = self.two_words[sentence[two], start[two], context[two]]
-        return scores
-
-    def whole(self, lengths: Int[Tensor, "batch"]) -> Float[Tensor, "batch nonterminals"]:
-        """`scores` of whole sentences, which stand under S, the last context."""
-        sentence = torch.arange(len(lengths), device=lengths.device)
-        under_s = torch.full_like(lengths, -1)
-        return self.scores(sentence, torch.zeros_like(lengths), lengths, under_s)
 
 
 @dataclass(frozen=True)
@@ -254,12 +215,17 @@ class ChartPolicy(NumberedPolicy):
         grammar with rules averaged over parents, as often as the last samples had them, at less
         than a tenth of the cost; spans of two words are exact under their parent. A grammar that is
         context-free is its own relaxation. Or "none": the rules and the encoder are on their own.
+    clusters: of parents that the relaxation tells apart; each costs about one context of the exact
+        scores, which tell all apart.
     width: of the encoder's layers.
     dropout: in the encoder, in training.
     symbol_dropout: of the grammar's symbols, for the encoder, in training; see `SpanEncoder`.
     """
 
     usage: Tensor
+    parents: Tensor
+    counted: Tensor
+    clustered_at: Tensor
 
     def __init__(
         self,
@@ -268,6 +234,7 @@ class ChartPolicy(NumberedPolicy):
         max_length: int,
         latent: Literal["shape", "labelled"] = "shape",
         guide: Literal["relaxation", "exact", "none"] = "relaxation",
+        clusters: int = 1,
         width: int = 128,
         dropout: float = 0.0,
         symbol_dropout: float = 0.0,
@@ -276,10 +243,22 @@ class ChartPolicy(NumberedPolicy):
         check_latent(latent)
         if guide not in ("relaxation", "exact", "none"):
             raise UserError(f"policy.guide is {guide!r}; use 'relaxation', 'exact' or 'none'")
+        if not 1 <= clusters <= nonterminals + 1:
+            raise UserError(
+                f"policy.clusters is {clusters}; it must be from 1 to {nonterminals + 1}, "
+                "the number of parents"
+            )
+        if clusters > 1 and guide != "relaxation":
+            raise UserError(f"policy.clusters={clusters} has no effect on policy.guide={guide}")
         self.nonterminals = nonterminals
         self.latent = latent
         self.guide = guide
+        self.clusters = clusters
         self.register_buffer("usage", torch.zeros(nonterminals, nonterminals + 1))
+        # The cluster of each parent; batches that were counted, and when parents were clustered.
+        self.register_buffer("parents", torch.zeros(nonterminals + 1, dtype=torch.long))
+        self.register_buffer("counted", torch.zeros((), dtype=torch.long))
+        self.register_buffer("clustered_at", torch.full((), -1))
         self.encoder = SpanEncoder(
             preterminals,
             nonterminals * (nonterminals + 2),
@@ -297,6 +276,11 @@ class ChartPolicy(NumberedPolicy):
             raise UserError(
                 f"{type(self).__name__} reads the rules of a grammar, of which "
                 f"{type(model).__name__} has none: use another policy"
+            )
+        if self.clusters > 1 and not isinstance(model, AnnotatedModel):
+            raise UserError(
+                f"policy.clusters={self.clusters}: rules of {type(model).__name__} see no parent; "
+                "use policy.clusters=1"
             )
         if self.guide == "exact" and not model.tractable:
             raise UserError(
@@ -325,29 +309,19 @@ class ChartPolicy(NumberedPolicy):
         return self.last_condition
 
     def _guide(self, model: GrammarModel, potentials: ContextPotentials) -> Guide:
-        batch, length = potentials.log_scale.shape
         if self.guide == "none":
-            like = potentials.root
-            vectors = SpanTable.zeros(like, length, batch, potentials.contexts, len(like))
-            for width in range(2, length + 1):
-                vectors.put(
-                    width, torch.ones_like(vectors.by_start[: length - width + 1, :, width])
-                )
-            return Guide(vectors, SpanTable.zeros(like, length, batch))
-        if isinstance(model, AnnotatedModel):
-            if self.guide == "exact":
-                return Guide(*model.chart(potentials))
-            return self._relaxed(potentials)
-        return _context_free(potentials, potentials.root.new_ones(self.nonterminals, 1))
+            return unguided(potentials)
+        if not isinstance(model, AnnotatedModel):
+            return context_free(potentials)
+        if self.guide == "exact":
+            return Guide(*model.chart(potentials))
+        if self.clusters > 1 and (self.clustered_at < 0 or self._clusters_are_old()):
+            self.parents.copy_(cluster_parents(model.grammar(), self.usage, self.clusters))
+            self.clustered_at.copy_(self.counted)
+        return relaxed(potentials, self.usage, self.parents)
 
-    def _relaxed(self, potentials: ContextPotentials) -> Guide:
-        weight = self.usage + PRIOR
-        weight = (weight / weight.sum(-1, keepdim=True)).to(potentials.root.dtype)
-        guide = _context_free(potentials, weight)
-        exact = potentials.two_words()
-        peak = exact.amax((-1, -2))
-        guide.scales.put(2, peak.log().t())
-        return replace(guide, two_words=exact / torch.where(peak > 0, peak, 1.0)[..., None, None])
+    def _clusters_are_old(self) -> bool:
+        return self.training and bool(self.counted - self.clustered_at >= CLUSTERING)
 
     def sample(
         self, condition: ChartCondition, samples: int, behaviour: Behaviour = ON_POLICY
@@ -630,6 +604,7 @@ class ChartPolicy(NumberedPolicy):
         counts = torch.bincount(pairs[trees.exists], minlength=self.usage.numel())
         counts = counts.view_as(self.usage)
         self.usage.mul_(DECAY).add_(counts)
+        self.counted += 1
 
     def trajectories(self, condition: ChartCondition, paths: Paths) -> ScoredTrajectories:
         choices = paths.record
@@ -649,16 +624,6 @@ class ChartPolicy(NumberedPolicy):
 
     def flow_parameters(self) -> list[nn.Parameter]:
         return list(self.encoder.flow.parameters())
-
-
-def _context_free(
-    potentials: ContextPotentials, weight: Float[Tensor, "nonterminals contexts"]
-) -> Guide:
-    """Inside scores, [one context, label], of rules averaged over contexts with weights."""
-    averaged = potentials.averaged(weight)
-    vectors, scales = inside.inside_scores(potentials.root, *averaged, potentials.lengths)
-    vectors = SpanTable(vectors.by_start[..., None, :], vectors.by_end[..., None, :])
-    return Guide(vectors, scales)
 
 
 def _log(x: Tensor) -> Tensor:

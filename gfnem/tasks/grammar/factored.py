@@ -40,6 +40,9 @@ class LowRankGrammar(AnnotatedGrammar):
     right: Float[Tensor, "rank symbols"]
     emission: Float[Tensor, "nonterminals preterminals vocabulary"]
 
+    def under_parents(self) -> Tensor:
+        return self.mixture
+
     def draw_children(
         self, label: Tensor, context: Tensor, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
@@ -161,11 +164,12 @@ class FactoredPotentials(ContextPotentials):
         return (self.mixture[label, context] * on_left * on_right).sum(-1)
 
     def averaged(self, weight: Tensor) -> AveragedRules:
-        mixture = torch.einsum("apr,ap->ar", self.mixture, weight)
-        on_left, on_right = mixture * self.word_left, mixture * self.word_right
+        mixture = torch.einsum("apr,wap->awr", self.mixture, weight)
+        on_left = mixture * self.word_left[..., None, :]
+        on_right = mixture * self.word_right[..., None, :]
         return AveragedRules(
-            rules=(mixture[:, None] * self.left.t()) @ self.right,
+            rules=(mixture[..., None, :] * self.left.t()) @ self.right,
             left=on_left @ self.right,
             right=on_right @ self.left,
-            both=(on_left[:, :-1] * self.word_right[:, 1:]).sum(-1),
+            both=(on_left[:, :-1] * self.word_right[:, 1:, :, None]).sum(-1),
         )

@@ -119,13 +119,16 @@ def test_probabilities_of_all_labelled_trees_sum_to_one(guide):
         assert min(q.values()) > 0
 
 
+@pytest.mark.parametrize(
+    "guide", [{"guide": "exact"}, {"clusters": NONTERMINALS + 1}], ids=["exact", "clusters"]
+)
 @pytest.mark.parametrize("low_rank", [False, True])
 @pytest.mark.parametrize("latent", LATENTS)
-def test_an_exact_guide_gives_the_posterior(latent, low_rank):
+def test_an_exact_guide_gives_the_posterior(latent, low_rank, guide):
     model = FixedLowRankNCFG(latent, seed=1) if low_rank else FixedNCFG(latent, seed=1)
     grammar: Any = model.grammar()
     rules = annotated_oracle.as_dense(grammar) if low_rank else grammar
-    policy = ChartPolicy(NONTERMINALS, 3, 8, latent, "exact")
+    policy = ChartPolicy(NONTERMINALS, 3, 8, latent, **guide)
     x = sentences([4, 2, 5, 3])
     for index, q in enumerate(q_of(policy, model, x)):
         joint = annotated_oracle.enumerate_labelled(rules, words_of(x, index))
@@ -373,6 +376,59 @@ def test_torchgfn_s_sampler_draws_from_the_policy():
         assert p_value(Counter(map(tuple, ends)), probability) > 1e-3
 
 
+def test_clusters_of_parents_with_equal_rules_give_the_posterior():
+    model = FixedNCFG("labelled", seed=1, nonterminals=3)
+    with torch.no_grad():
+        model.binary[2], model.binary[3] = model.binary[0], model.binary[1]
+    policy, x = ChartPolicy(3, 3, 8, "labelled", clusters=2), sentences([6, 2, 5, 3, 4])
+    policy.usage += torch.rand_like(policy.usage)
+    paths = policy.sample(policy.condition(model, x), 16)
+    first, second = policy.parents[:2].tolist()
+    assert first != second
+    assert policy.parents.tolist() == [first, second, first, second]
+    log_likelihood = model.log_likelihood(x)
+    assert log_likelihood is not None
+    torch.testing.assert_close(paths.log_weights, log_likelihood[:, None].expand(-1, 16))
+    # Of four clusters half would be empty.
+    policy = ChartPolicy(3, 3, 8, "labelled", clusters=4)
+    with pytest.warns(Warning, match="distinct clusters"):
+        paths = policy.sample(policy.condition(model, x), 16)
+    assert policy.parents.max() == 1
+    torch.testing.assert_close(paths.log_weights, log_likelihood[:, None].expand(-1, 16))
+
+
+def test_more_clusters_come_closer_to_the_posterior():
+    model, x = FixedNCFG("labelled", seed=3, nonterminals=5), sentences([6, 7, 8])
+    log_likelihood = model.log_likelihood(x)
+    assert log_likelihood is not None
+    gaps = []
+    for clusters in (1, 3, 6):
+        torch.manual_seed(0)
+        policy = ChartPolicy(5, 3, 8, "labelled", clusters=clusters).eval()
+        paths = policy.sample(policy.condition(model, x), 500)
+        gaps.append((log_likelihood - paths.log_weights.mean(1)).mean().item())
+    assert gaps[0] > gaps[1] > gaps[2] == pytest.approx(0, abs=1e-10)
+
+
+def test_parents_are_clustered_anew_while_training():
+    model, x = FixedNCFG("labelled", seed=1, nonterminals=3), sentences([4, 3])
+    policy = ChartPolicy(3, 3, 8, "labelled", clusters=2)
+    policy.sample(policy.condition(model, x), 1)
+    before = policy.parents.tolist()
+    with torch.no_grad():
+        apart = torch.tensor(before) == before[0]
+        # Where one cluster was, let its first parent be like the other cluster's.
+        other = int((~apart).nonzero()[0])
+        model.binary[0] = model.binary[other]
+    for _ in range(49):
+        policy.sample(policy.condition(model, x), 1)
+        assert policy.parents.tolist() == before
+    policy.eval().sample(policy.condition(model, x), 1)
+    assert policy.parents.tolist() == before
+    policy.train().sample(policy.condition(model, x), 1)
+    assert policy.parents[0] == policy.parents[other]
+
+
 def test_parents_are_counted():
     model, x = FixedNCFG("labelled"), sentences([2, 2])
     policy = ChartPolicy(NONTERMINALS, 3, 8, "labelled")
@@ -434,11 +490,24 @@ def test_an_exact_guide_needs_a_grammar_of_moderate_size():
         EM(model, posterior, toy_english(train_sentences=10), m_steps=1)
 
 
+def test_clusters_need_rules_that_see_the_parent():
+    posterior = GFlowNetPosterior(ChartPolicy(NONTERMINALS, 3, 8, clusters=2))
+    message = "policy.clusters=2: rules of FixedPCFG see no parent; use policy.clusters=1"
+    with pytest.raises(UserError, match=message):
+        posterior.check(FixedPCFG(oracle.random_grammar(NONTERMINALS, 3)))
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"latent": "tree"}, "latent is 'tree'; use 'shape' or 'labelled'"),
         ({"guide": "best"}, "policy.guide is 'best'; use 'relaxation', 'exact' or 'none'"),
+        ({"clusters": 4}, "policy.clusters is 4; it must be from 1 to 3, the number of parents"),
+        ({"clusters": 0}, "policy.clusters is 0; it must be from 1 to 3"),
+        (
+            {"clusters": 2, "guide": "exact"},
+            "policy.clusters=2 has no effect on policy.guide=exact",
+        ),
     ],
 )
 def test_options_that_make_no_policy(options, message):

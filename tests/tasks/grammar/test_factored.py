@@ -64,7 +64,7 @@ def test_tables_are_those_of_the_dense_grammar():
     torch.testing.assert_close(ours.inner_rules(label, context), theirs.rules[label, context])
     torch.testing.assert_close(ours.word_left_rules(*at), theirs.left[at_word])
     torch.testing.assert_close(ours.word_right_rules(*at), theirs.right[at_word])
-    weight = torch.rand(3, 4, generator=generator, dtype=torch.float64)
+    weight = torch.rand(2, 3, 4, generator=generator, dtype=torch.float64)
     for one, other in zip(ours.averaged(weight), theirs.averaged(weight), strict=True):
         torch.testing.assert_close(one, other)
 
