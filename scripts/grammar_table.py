@@ -21,7 +21,6 @@ wall saw them; minutes are those of the whole run with all evaluations.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +43,7 @@ POSTERIORS = {
 
 NATS, SECONDS, MINUTES = "nats per word", "seconds per M-step", "minutes"
 SENTENCE_F1, CORPUS_F1 = "sentence F1", "corpus F1"
+RIGHT_EDGE = "right edge, q"
 COLUMNS = {
     "M-steps": "train/m_steps",
     NATS: "test/nll_per_token",
@@ -53,7 +53,7 @@ COLUMNS = {
     "sentence F1, one draw": "test/sentence_f1",
     "distinct trees, q": "test/distinct_trees",
     "distinct trees, exact": "test/distinct_exact_trees",
-    "right edge, q": "test/right_edge",
+    RIGHT_EDGE: "test/right_edge",
     "right edge, exact": "test/right_exact_edge",
     "posterior gap": "test/posterior_gap",
     SECONDS: "",
@@ -62,7 +62,18 @@ COLUMNS = {
 """Column -> the number in a run's summary, where it is one."""
 
 BOUND, BOUND_DRAWS = "test/iw_nll_per_token", "test/iw_samples"
-TRIVIAL = {"left": "left-branching", "right": "right-branching", "random": "random"}
+# What is beside the runs: the number in their summaries for each column.
+BESIDE = {
+    f"{shown} trees": {
+        SENTENCE_F1: f"baseline/{name}_f1",
+        CORPUS_F1: f"baseline/{name}_corpus_f1",
+    }
+    for name, shown in {
+        "left": "left-branching",
+        "right": "right-branching",
+        "random": "random",
+    }.items()
+} | {"gold trees": {RIGHT_EDGE: "baseline/gold_right_edge"}}
 
 
 @dataclass(frozen=True)
@@ -137,7 +148,7 @@ def table(jobs: Sequence[TableJob]) -> str:
     ]
     (*_, any_runs) = rows.values()
     head = ["grammar", "training", "seeds", *COLUMNS]
-    return markdown(head, [*lines, *trivial(any_runs)], texts=2)
+    return markdown(head, [*lines, *beside(any_runs)], texts=2)
 
 
 def numbers_of(run: FinishedRun) -> Mapping[str, float]:
@@ -162,15 +173,17 @@ def texts(name: str, rows: Sequence[Sequence[Mapping[str, float]]]) -> list[str]
     return cells
 
 
-def trivial(runs: Sequence[FinishedRun]) -> Iterator[list[str]]:
-    """Rows of trees that take no notice of the words."""
-    for name, shown in TRIVIAL.items():
-        keys = {SENTENCE_F1: f"baseline/{name}_f1", CORPUS_F1: f"baseline/{name}_corpus_f1"}
-        f1 = {
-            column: mean_and_deviation([run.numbers.get(key, math.nan) for run in runs])
+def beside(runs: Sequence[FinishedRun]) -> Iterator[list[str]]:
+    """Rows of trees that take no notice of the words, and of the gold trees."""
+    for shown, keys in BESIDE.items():
+        results = {
+            column: mean_and_deviation([run.numbers[key] for run in runs])
             for column, key in keys.items()
+            if all(key in run.numbers for run in runs)
         }
-        cells = (result_texts([f1[column]])[0] if column in f1 else "" for column in COLUMNS)
+        cells = (
+            result_texts([results[column]])[0] if column in results else "" for column in COLUMNS
+        )
         yield [shown, "", "", *cells]
 
 

@@ -22,7 +22,7 @@ def test_runs_end_in_a_table(
 ) -> None:
     out = tmp_path / "table.md"
     given = ["--runs", str(tmp_path / "runs"), "--out", str(out), "--processes", "1"]
-    given += ["--data", "toy_english", "--max-length", "8", "--rows", "marginal,gflownet"]
+    given += ["--data", "toy_english", "--max-length", "12", "--rows", "marginal,gflownet"]
     given += ["--seeds", "0", "--experiments", "grammar_cfg", "--m-steps", "4"]
     few = [f"data.{split}_sentences=8" for split in ("train", "valid", "test")]
     given += [option for option in tiny_run if not option.startswith("em.m_steps")]
@@ -43,13 +43,17 @@ def test_runs_end_in_a_table(
     # That of exact training is complete.
     assert "2 runs, 1 of them to be done" in capsys.readouterr().out
     given_data, _, head, _, *lines = [line.split(" | ") for line in out.read_text().splitlines()]
-    assert given_data == ["data=toy_english data.max_length=8"]
+    assert given_data == ["data=toy_english data.max_length=12"]
     assert [line[:3] for line in lines] == [
         ["| grammar_cfg", "marginal", "1"],
         ["| grammar_cfg", "gflownet", "1"],
-        *([f"| {name}", "", ""] for name in ("left-branching", "right-branching", "random")),
+        *(
+            [f"| {kind} trees", "", ""]
+            for kind in ("left-branching", "right-branching", "random", "gold")
+        ),
     ]
     assert all(len(line) == len(head) for line in lines)
+    assert 0 <= float(lines[-1][head.index("right edge, q")]) <= 1
     assert float(lines[2][head.index("sentence F1")]) >= 0
     nats, gap = (head.index(name) for name in ("nats per word", "posterior gap"))
     assert all(0 < float(line[nats]) < 10 for line in lines[:2])

@@ -62,6 +62,7 @@ class GrammarEvaluator:
         sentence_f1_viterbi, corpus_f1_viterbi: the grammar's best trees; context-free, final only.
         baseline/left_f1, baseline/left_corpus_f1 and the same for right and random: trees of
             these shapes on the split; final only.
+        baseline/gold_right_edge: right_edge, as below, of the gold trees; final only.
     The posterior:
         posterior_gap: E_x[log p(x) - E_q log w] in nats for each sentence; with the likelihood.
         effective_samples: of the importance weights of `samples` draws.
@@ -245,7 +246,7 @@ class GrammarEvaluator:
         return [posterior.sample(model, x, count) for count in counts]
 
     def _baselines(self, corpus: Corpus) -> Metrics:
-        """F1 of trees that take no notice of the words."""
+        """F1 of trees that take no notice of the words, and the way that gold trees branch."""
         if corpus.gold is None:
             return {}
         counts: dict[str, list[SpanCounts]] = {}
@@ -258,7 +259,16 @@ class GrammarEvaluator:
             }
             for name, trees in shapes.items():
                 counts.setdefault(name, []).append(SpanCounts.of(trees, gold))
+        long = [
+            (span, len(words))
+            for words, spans in zip(corpus.sentences, corpus.gold, strict=True)
+            for span in spans
+            if len(words) >= LONG and span != (0, len(words))
+        ]
         metrics = {}
+        if long:
+            at_right_edge = [end == length for (_, end), length in long]
+            metrics["baseline/gold_right_edge"] = sum(at_right_edge) / len(at_right_edge)
         for name, parts in counts.items():
             total = SpanCounts.cat(parts)
             metrics[f"baseline/{name}_f1"] = total.sentence_f1

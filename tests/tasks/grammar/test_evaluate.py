@@ -270,6 +270,8 @@ def test_the_grammars_own_trees_are_rated_beside_the_posteriors():
     metrics = evaluator(right_branching_grammar(), posterior, "test", final=True)
     assert metrics["test/distinct_trees"] == metrics["test/distinct_exact_trees"] == 1
     assert (metrics["test/right_edge"], metrics["test/right_exact_edge"]) == (0, 1)
+    # The sentence of five words is too short to tell.
+    assert metrics["baseline/gold_right_edge"] == 1
     for name in ("", "_mbr"):
         assert metrics[f"test/sentence_f1{name}"] == 50
         assert metrics[f"test/corpus_f1{name}"] == pytest.approx(100 * 3 / 9)
@@ -280,6 +282,20 @@ def test_the_grammars_own_trees_are_rated_beside_the_posteriors():
     assert metrics["baseline/right_corpus_f1"] == metrics["test/corpus_f1_viterbi"]
     assert 0 < metrics["baseline/random_f1"] < 100
     assert 0 < metrics["baseline/random_corpus_f1"] < 100
+
+
+def test_the_way_that_gold_trees_branch():
+    # Of twelve spans that are no whole sentence, (4, 8) and (6, 8) end with theirs.
+    data = Data([[0] * 8, [1] * 8, [1] * 5], [frozenset(BALANCED | {(0, 8)}), left(8), right(5)])
+    posterior = FixedPosterior([[left(8)], [left(8)], [left(5)]])
+    evaluator = GrammarEvaluator(data, samples=1, iw_samples=1)
+    metrics = evaluator(Intractable(), posterior, "test", final=True)
+    assert metrics["baseline/gold_right_edge"] == pytest.approx(2 / 12)
+    data = Data([[1] * 5], [right(5)])
+    metrics = GrammarEvaluator(data, samples=1, iw_samples=1)(
+        Intractable(), FixedPosterior([[left(5)]]), "test", final=True
+    )
+    assert "baseline/gold_right_edge" not in metrics
 
 
 def test_evaluations_during_training_leave_out_what_is_slow():
