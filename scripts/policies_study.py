@@ -37,19 +37,21 @@ MODELS = {
     "ncfg": ("model=ncfg", "model.nonterminals=12", "model.preterminals=24", "em.m_steps=600"),
 }
 LENGTHS = (10, 20)
-# The policies that each takes part with. The chart of a context-free grammar is exact.
+# The policies of each. The chart of a context-free grammar is exact, and has no parents to cluster.
+OF_ALL = {
+    "chart": ("policy=chart", "policy.guide=relaxation"),
+    "chart-unguided": ("policy=chart", "policy.guide=none"),
+    "root-flow": ("policy=root_flow",),
+    "light": ("policy=light",),
+    "transformer": ("policy=transformer",),
+}
 POLICIES = {
-    model: {
-        "chart": ("policy=chart", "policy.guide=relaxation"),
-        "chart-unguided": ("policy=chart", "policy.guide=none"),
-        "root-flow": ("policy=root_flow",),
-        "light": ("policy=light",),
-        "transformer": ("policy=transformer",),
-    }
-    for model in MODELS
+    "cfg": OF_ALL,
+    "ncfg": OF_ALL | {"chart-clusters": ("policy=chart", "policy.clusters=4")},
 }
 COLORS = {
     "chart": "#1f6fb4",
+    "chart-clusters": "#0b3c66",
     "chart-unguided": "#6db3e8",
     "root-flow": "#d1601f",
     "light": "#3a8f4d",
