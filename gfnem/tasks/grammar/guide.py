@@ -131,12 +131,14 @@ def cluster_parents(
     the more frequent the labels are: k-means on square roots of probabilities.
     """
     usage = usage + PRIOR
-    rules = grammar.under_parents().detach().to("cpu", torch.float32)
+    rules = grammar.under_parents().detach()
     frequency = (usage.sum(-1) / usage.sum()).to(rules)
-    features = (rules / 2).exp() * frequency.sqrt()[:, None]
-    weight = usage.sum(0).cpu().numpy()
+    roots = ((rules / 2).exp() * frequency.sqrt()[:, None]).flatten(1)
+    # As many numbers as there are parents keep all the distances.
+    values, vectors = torch.linalg.eigh((roots @ roots.t()).double())
+    points = vectors * values.clamp(min=0).sqrt()
     means = KMeans(count, random_state=0)
-    means.fit(features.flatten(1).numpy(), sample_weight=weight)
-    # Numbered without gaps: like parents can leave clusters empty.
+    means.fit(points.cpu().numpy(), sample_weight=usage.sum(0).cpu().numpy())
+    # Numbered without gaps: parents that are alike can leave clusters empty.
     clusters = torch.as_tensor(means.labels_).unique(return_inverse=True)[1]
     return clusters.to(usage.device)
