@@ -9,7 +9,6 @@ hence words are summed out as in `potentials`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gfnem.categorical import sample_categorical
+from gfnem.tasks.grammar.groups import Groups
 from gfnem.tasks.grammar.potentials import MergePotentials, Potentials, Same
 
 
@@ -329,49 +329,45 @@ class _WordPairs(torch.autograd.Function):
     """Sum over T and U of emission[A, v, T] rules[A, T, P, U] emission[A, w, U], indexed [A, i, P],
     v and w being the first and the second word of the pair i.
 
-    Label by label, so that what has all of i, P and U stays small: memory that is seen for the
-    first time costs more than the products.
+    Pairs with the same first word are taken together, in groups. Label by label, so that what has
+    both P and U stays small: memory that is seen for the first time costs more than the products.
+    Sums over T alone are kept for the backward pass.
     """
 
     @staticmethod
     def forward(ctx, emission, rules, first, second):  # pyright: ignore
-        ctx.save_for_backward(emission, rules, first, second)
-        value = emission.new_empty(len(rules), len(first), rules.shape[2])
-        for label, _, pair in _WordPairs._pairs(emission, rules, first):
-            torch.bmm(pair, emission[label, second, :, None], out=value[label, :, :, None])
+        labels, groups = len(rules), Groups.of(first)
+        kept = labels if any(ctx.needs_input_grad) else 1
+        of_firsts = emission.new_empty(kept, len(groups.key), *rules.shape[2:])
+        others = groups.padded(second)
+        value = emission.new_empty(labels, len(first), rules.shape[2])
+        for label in range(labels):
+            of_first = of_firsts[label % kept]
+            flat = of_first.flatten(1)
+            torch.mm(emission[label, groups.key], rules[label].flatten(1), out=flat)
+            both = emission[label, others] @ of_first.mT
+            value[label, groups.order] = both[groups.group, groups.place]
+        ctx.save_for_backward(emission, rules, of_firsts, second)
+        ctx.groups = groups
         return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # pyright: ignore
-        emission, rules, first, second = ctx.saved_tensors
+        emission, rules, of_firsts, second = ctx.saved_tensors
+        groups: Groups = ctx.groups
+        grads = groups.padded(grad, 1)
         # Pairs that are together in no tree have no gradient.
-        used = grad.ne(0).any(-1).any(0).nonzero().squeeze(-1)
-        grad, first, second = grad[:, used], first[used], second[used]
-        grad_emission, grad_rules = torch.empty_like(emission), torch.empty_like(rules)
-        for label, of_word, pair in _WordPairs._pairs(emission, rules, first):
-            of_second = (grad[label, :, None] @ pair).squeeze(1)
-            torch.mul(grad[label, :, :, None], emission[label, second, None], out=pair)
-            of_word.zero_().index_add_(0, first, pair)
-            flat, flat_rules = of_word.flatten(1), rules[label].flatten(1)
-            torch.mm(emission[label].t(), flat, out=grad_rules[label].flatten(1))
-            torch.mm(flat, flat_rules.t(), out=grad_emission[label])
-            grad_emission[label].index_add_(0, second, of_second)
-        return grad_emission, grad_rules, None, None
-
-    @staticmethod
-    def _pairs(
-        emission: Tensor, rules: Tensor, first: Tensor
-    ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Each label and sum over T of emission[v, T] rules[T, P, U], of all words and of the first
-        words of the pairs, in memory that is used again.
-        """
-        of_word = emission.new_empty(emission.shape[1], *rules.shape[2:])
-        pair = emission.new_empty(len(first), *rules.shape[2:])
+        used = grads.ne(0).any(-1).any(-1).any(0).nonzero().squeeze(-1)
+        key, others, grads = groups.key[used], groups.padded(second)[used], grads[:, used]
+        grad_emission, grad_rules = torch.zeros_like(emission), torch.empty_like(rules)
         for label in range(len(rules)):
-            torch.mm(emission[label], rules[label].flatten(1), out=of_word.flatten(1))
-            torch.index_select(of_word, 0, first, out=pair)
-            yield label, of_word, pair
+            on_first = (grads[label].mT @ emission[label, others]).flatten(1)
+            on_second = grads[label] @ of_firsts[label].index_select(0, used)
+            torch.mm(emission[label, key].t(), on_first, out=grad_rules[label].flatten(1))
+            grad_emission[label].index_add_(0, key, on_first @ rules[label].flatten(1).t())
+            grad_emission[label].index_add_(0, others.flatten(), on_second.flatten(0, 1))
+        return grad_emission, grad_rules, None, None
 
 
 @dataclass(frozen=True)

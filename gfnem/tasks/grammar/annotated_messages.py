@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from gfnem.categorical import sample_categorical
 from gfnem.tasks.grammar.annotated import AnnotatedPotentials, ContextPotentials, DenseGrammar
+from gfnem.tasks.grammar.groups import Groups
 from gfnem.tasks.grammar.messages import (
     INNER,
     LEAVES,
@@ -31,9 +32,6 @@ from gfnem.tasks.grammar.messages import (
     under,
 )
 from gfnem.tasks.grammar.tree import Trees
-
-# So many nodes with the same word are multiplied at once in the backward pass.
-GROUP = 8
 
 
 def log_joint_labelled(
@@ -366,21 +364,11 @@ def _summed_products(
 ) -> Float[Tensor, "tables nonterminals contexts nonterminals"]:
     """Sum over the nodes of each table of above[P, A] below[A, C], indexed [A, P, C].
 
-    The nodes of a table are taken together in groups, each a product of two matrices; a word that
-    comes often has several groups.
+    The nodes of a table are taken together in groups, each a product of two matrices.
     """
-    nonterminals = below.shape[-1]
-    order = table.argsort(stable=True)
-    table = table[order]
-    place = torch.arange(len(table), device=table.device) - torch.searchsorted(table, table)
-    place, group = place % GROUP, place // GROUP
-    _, group = torch.unique_consecutive(torch.stack([table, group]), return_inverse=True, dim=1)
-    groups = int(group[-1]) + 1 if len(group) else 0
+    groups = Groups.of(table)
     # Labels come first, as in the tables' memory.
-    left = above.new_zeros(groups, GROUP, *above.shape[1:])
-    right = below.new_zeros(groups, GROUP, *below.shape[1:])
-    left[group, place], right[group, place] = above[order], below[order]
-    products = left.permute(3, 0, 2, 1) @ right.permute(2, 0, 1, 3)
-    owner = table.new_empty(groups).index_put((group,), table)
-    total = above.new_zeros(nonterminals, tables, *products.shape[2:])
-    return total.index_add_(1, owner, products).transpose(0, 1)
+    left, right = groups.padded(above).permute(3, 0, 2, 1), groups.padded(below).permute(2, 0, 1, 3)
+    products = left @ right
+    total = above.new_zeros(below.shape[-1], tables, *products.shape[2:])
+    return total.index_add_(1, groups.key, products).transpose(0, 1)
