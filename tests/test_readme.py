@@ -17,6 +17,11 @@ def readme(root: Path) -> str:
     return (root / "README.md").read_text()
 
 
+@pytest.fixture(scope="module")
+def results(root: Path) -> str:
+    return (root / "scripts/results/README.md").read_text()
+
+
 def blocks(readme: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE)
 
@@ -39,8 +44,9 @@ def test_two_commands_set_up(readme: str, root: Path) -> None:
     assert re.findall(r"^python -m venv .* pytest$", readme, re.MULTILINE) == [test]
 
 
-def test_command_lines(readme: str) -> None:
-    lines = [line for block in blocks(readme, "bash") for line in block.splitlines()]
+def test_command_lines(readme: str, results: str) -> None:
+    shown = [*blocks(readme, "bash"), *blocks(results, "bash")]
+    lines = [line for block in shown for line in block.splitlines()]
     commands = [shlex.split(line.rpartition("| ")[2]) for line in lines if "gfnem " in line]
     verbs = {"evaluate", "parse", "generate", "compare"}
     for program, *arguments in commands:
@@ -51,3 +57,10 @@ def test_command_lines(readme: str) -> None:
             assert len(sweep(arguments[1:])) > 1
         else:
             resolve(compose(arguments))
+
+
+def test_files_that_are_shown_exist(readme: str, results: str, root: Path) -> None:
+    for text, folder in ((readme, root), (results, root / "scripts/results")):
+        files = re.findall(r"\]\((?!https?:)([^)]+)\)", text)
+        assert files
+        assert [file for file in files if not (folder / file).exists()] == []
