@@ -37,7 +37,8 @@ MODELS = {
     "ncfg": ("model=ncfg", "model.nonterminals=12", "model.preterminals=24", "em.m_steps=600"),
 }
 LENGTHS = (10, 20)
-# The policies of each. The chart of a context-free grammar is exact, and has no parents to cluster.
+# The policies of each. The chart of a context-free grammar is exact; that of another tells clusters
+# of parents apart or sees none.
 OF_ALL = {
     "chart": ("policy=chart", "policy.guide=relaxation"),
     "chart-unguided": ("policy=chart", "policy.guide=none"),
@@ -47,11 +48,11 @@ OF_ALL = {
 }
 POLICIES = {
     "cfg": OF_ALL,
-    "ncfg": OF_ALL | {"chart-clusters": ("policy=chart", "policy.clusters=4")},
+    "ncfg": OF_ALL | {"chart-context-free": ("policy=chart", "policy.clusters=1")},
 }
 COLORS = {
     "chart": "#1f6fb4",
-    "chart-clusters": "#0b3c66",
+    "chart-context-free": "#0b3c66",
     "chart-unguided": "#6db3e8",
     "root-flow": "#d1601f",
     "light": "#3a8f4d",

@@ -43,6 +43,7 @@ from gfnem.tasks.grammar.annotated_messages import contexts
 from gfnem.tasks.grammar.chart_estimators import ChartEstimator
 from gfnem.tasks.grammar.data import Sentences
 from gfnem.tasks.grammar.encoder import SpanEncoder, SpanEncoding
+from gfnem.tasks.grammar.factored import FactoredPotentials
 from gfnem.tasks.grammar.guide import Guide, cluster_parents, context_free, relaxed, unguided
 from gfnem.tasks.grammar.messages import root_score, rule_scores
 from gfnem.tasks.grammar.model import GrammarModel, ParsingModel, check_latent
@@ -52,8 +53,9 @@ from gfnem.tasks.grammar.tree import Trees
 
 # How fast old samples are forgotten in the counts of parents.
 DECAY = 0.95
-# Parents are clustered anew after so many batches.
-CLUSTERING = 50
+# How many clusters of parents a relaxation tells apart, and after how many batches they are sought
+# anew.
+CLUSTERS, CLUSTERING = 8, 50
 
 
 class Spans(NamedTuple):
@@ -211,12 +213,13 @@ class ChartPolicy(NumberedPolicy):
     nonterminals, preterminals: of the grammar.
     max_length: the longest sentence in words.
     latent: "shape" or "labelled".
-    guide: "exact", the grammar's own inside scores; or "relaxation", those of a context-free
-        grammar with rules averaged over parents, as often as the last samples had them, at less
-        than a tenth of the cost; spans of two words are exact under their parent. A grammar that is
-        context-free is its own relaxation. Or "none": the rules and the encoder are on their own.
-    clusters: of parents that the relaxation tells apart; each costs about one context of the exact
-        scores, which tell all apart.
+    guide: "exact", the grammar's own inside scores; or "relaxation", those of a grammar with rules
+        averaged over clusters of parents, as often as the last samples had them; spans of two words
+        are exact under their parent. A grammar that is context-free is its own relaxation. Or
+        "none": the rules and the encoder are on their own.
+    clusters: of parents that the relaxation tells apart; one makes it context-free, and each costs
+        about as much as one parent does in exact scores, which tell all apart. None: 8, or as many
+        as there are parents, and one where rules are of low rank, whose exact scores cost less.
     width: of the encoder's layers.
     dropout: in the encoder, in training.
     symbol_dropout: of the grammar's symbols, for the encoder, in training; see `SpanEncoder`.
@@ -234,7 +237,7 @@ class ChartPolicy(NumberedPolicy):
         max_length: int,
         latent: Literal["shape", "labelled"] = "shape",
         guide: Literal["relaxation", "exact", "none"] = "relaxation",
-        clusters: int = 1,
+        clusters: int | None = None,
         width: int = 128,
         dropout: float = 0.0,
         symbol_dropout: float = 0.0,
@@ -243,13 +246,14 @@ class ChartPolicy(NumberedPolicy):
         check_latent(latent)
         if guide not in ("relaxation", "exact", "none"):
             raise UserError(f"policy.guide is {guide!r}; use 'relaxation', 'exact' or 'none'")
-        if not 1 <= clusters <= nonterminals + 1:
-            raise UserError(
-                f"policy.clusters is {clusters}; it must be from 1 to {nonterminals + 1}, "
-                "the number of parents"
-            )
-        if clusters > 1 and guide != "relaxation":
-            raise UserError(f"policy.clusters={clusters} has no effect on policy.guide={guide}")
+        if clusters is not None:
+            if not 1 <= clusters <= nonterminals + 1:
+                raise UserError(
+                    f"policy.clusters is {clusters}; it must be from 1 to {nonterminals + 1}, "
+                    "the number of parents"
+                )
+            if guide != "relaxation":
+                raise UserError(f"policy.clusters={clusters} has no effect on policy.guide={guide}")
         self.nonterminals = nonterminals
         self.latent = latent
         self.guide = guide
@@ -277,10 +281,10 @@ class ChartPolicy(NumberedPolicy):
                 f"{type(self).__name__} reads the rules of a grammar, of which "
                 f"{type(model).__name__} has none: use another policy"
             )
-        if self.clusters > 1 and not isinstance(model, AnnotatedModel):
+        if self.clusters is not None and not isinstance(model, AnnotatedModel):
             raise UserError(
                 f"policy.clusters={self.clusters}: rules of {type(model).__name__} see no parent; "
-                "use policy.clusters=1"
+                "use policy.clusters=null"
             )
         if self.guide == "exact" and not model.tractable:
             raise UserError(
@@ -315,8 +319,12 @@ class ChartPolicy(NumberedPolicy):
             return context_free(potentials)
         if self.guide == "exact":
             return Guide(*model.chart(potentials))
-        if self.clusters > 1 and (self.clustered_at < 0 or self._clusters_are_old()):
-            self.parents.copy_(cluster_parents(model.grammar(), self.usage, self.clusters))
+        count = self.clusters
+        if count is None:
+            low_rank = isinstance(potentials, FactoredPotentials)
+            count = 1 if low_rank else min(CLUSTERS, self.nonterminals + 1)
+        if count > 1 and (self.clustered_at < 0 or self._clusters_are_old()):
+            self.parents.copy_(cluster_parents(model.grammar(), self.usage, count))
             self.clustered_at.copy_(self.counted)
         return relaxed(potentials, self.usage, self.parents)
 

@@ -84,7 +84,9 @@ class FixedLowRankNCFG(FixedNCFG):
 
 def make_policy(latent: Any, guide: Any, noise: float = 0.3, seed: int = 0) -> ChartPolicy:
     torch.manual_seed(seed)
-    policy = ChartPolicy(NONTERMINALS, 3, 8, latent, guide, width=8)
+    # By default as few parents as these would all be told apart.
+    clusters = 1 if guide == "relaxation" else None
+    policy = ChartPolicy(NONTERMINALS, 3, 8, latent, guide, clusters, width=8)
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter += noise * torch.randn_like(parameter)
@@ -119,9 +121,7 @@ def test_probabilities_of_all_labelled_trees_sum_to_one(guide):
         assert min(q.values()) > 0
 
 
-@pytest.mark.parametrize(
-    "guide", [{"guide": "exact"}, {"clusters": NONTERMINALS + 1}], ids=["exact", "clusters"]
-)
+@pytest.mark.parametrize("guide", [{"guide": "exact"}, {"clusters": NONTERMINALS + 1}], ids=str)
 @pytest.mark.parametrize("low_rank", [False, True])
 @pytest.mark.parametrize("latent", LATENTS)
 def test_an_exact_guide_gives_the_posterior(latent, low_rank, guide):
@@ -213,7 +213,8 @@ def test_training_finds_the_posterior(kind, guide, latent, length, steps):
         model, of = FixedPCFG(oracle.random_grammar(3, 3, seed=2), latent), oracle
     enumerate_trees = of.enumerate_labelled if latent == "labelled" else of.enumerate_shapes
     exact = oracle.posterior(enumerate_trees(model.grammar(), words_of(x, 0)))
-    policy = ChartPolicy(3, 3, 8, latent, guide, width=32)
+    clusters = 1 if (kind, guide) == ("ncfg", "relaxation") else None
+    policy = ChartPolicy(3, 3, 8, latent, guide, clusters, width=32)
     posterior = GFlowNetPosterior(policy, samples=32)
     optimizer = torch.optim.Adam(policy.parameters(), 1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -400,7 +401,7 @@ def test_more_clusters_come_closer_to_the_posterior():
     log_likelihood = model.log_likelihood(x)
     assert log_likelihood is not None
     gaps = []
-    for clusters in (1, 3, 6):
+    for clusters in (1, 3, None):
         torch.manual_seed(0)
         policy = ChartPolicy(5, 3, 8, "labelled", clusters=clusters).eval()
         paths = policy.sample(policy.condition(model, x), 500)
@@ -443,7 +444,7 @@ def test_parents_are_counted():
 
 def test_the_relaxation_averages_rules_over_the_parents_counted():
     model, x = FixedNCFG("labelled", seed=5), sentences([6, 4])
-    policy = ChartPolicy(NONTERMINALS, 3, 8, "labelled")
+    policy = ChartPolicy(NONTERMINALS, 3, 8, "labelled", clusters=1)
     policy.usage[:] = torch.tensor([[1e9, 0, 0], [0, 1e9, 0]])
     condition = policy.condition(model, x)
     p = condition.potentials
@@ -490,7 +491,7 @@ def test_an_exact_guide_needs_a_grammar_of_moderate_size():
 
 def test_clusters_need_rules_that_see_the_parent():
     posterior = GFlowNetPosterior(ChartPolicy(NONTERMINALS, 3, 8, clusters=2))
-    message = "policy.clusters=2: rules of FixedPCFG see no parent; use policy.clusters=1"
+    message = "policy.clusters=2: rules of FixedPCFG see no parent; use policy.clusters=null"
     with pytest.raises(UserError, match=message):
         posterior.check(FixedPCFG(oracle.random_grammar(NONTERMINALS, 3)))
 

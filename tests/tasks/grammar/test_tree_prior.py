@@ -292,7 +292,7 @@ def test_every_policy_is_rewarded_with_the_weighted_log_joint(kind, latent, back
     policy: Any
     if kind == "chart":
         model = FixedNCFG(latent, TreePrior(RightBranching(), strength=1.5))
-        policy = ChartPolicy(2, 3, 8, latent, width=8)
+        policy = ChartPolicy(2, 3, 8, latent, clusters=1, width=8)
     else:
         model = FixedPCFG(GRAMMAR, latent)
         model.tree_prior = TreePrior(RightBranching(), strength=1.5)
