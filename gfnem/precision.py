@@ -40,7 +40,8 @@ def training_precision(network: nn.Module, precision: Precision) -> torch.autoca
 
 def cpu_has_bfloat16() -> bool:
     """Whether bfloat16 is faster than float32 on this machine's CPU."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    # Without oneDNN, the operator does not exist.
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @cache

@@ -21,6 +21,7 @@ wall saw them; minutes are those of the whole run with all evaluations.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -177,9 +178,8 @@ def beside(runs: Sequence[FinishedRun]) -> Iterator[list[str]]:
     """Rows of trees that take no notice of the words, and of the gold trees."""
     for shown, keys in BESIDE.items():
         results = {
-            column: mean_and_deviation([run.numbers[key] for run in runs])
+            column: mean_and_deviation([run.numbers.get(key, math.nan) for run in runs])
             for column, key in keys.items()
-            if all(key in run.numbers for run in runs)
         }
         cells = (
             result_texts([results[column]])[0] if column in results else "" for column in COLUMNS

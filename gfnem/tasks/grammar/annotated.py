@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gfnem.categorical import sample_categorical
-from gfnem.tasks.grammar.groups import Groups
 from gfnem.tasks.grammar.potentials import MergePotentials, Potentials, Same
+from gfnem.tasks.grammar.same_key import SameKey
 
 
 class AveragedRules(NamedTuple):
@@ -336,7 +336,7 @@ class _WordPairs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, emission, rules, first, second):  # pyright: ignore
-        labels, groups = len(rules), Groups.of(first)
+        labels, groups = len(rules), SameKey.of(first)
         kept = labels if any(ctx.needs_input_grad) else 1
         of_firsts = emission.new_empty(kept, len(groups.key), *rules.shape[2:])
         others = groups.padded(second)
@@ -347,19 +347,19 @@ class _WordPairs(torch.autograd.Function):
             torch.mm(emission[label, groups.key], rules[label].flatten(1), out=flat)
             both = emission[label, others] @ of_first.mT
             value[label, groups.order] = both[groups.group, groups.place]
-        ctx.save_for_backward(emission, rules, of_firsts, second)
+        ctx.save_for_backward(emission, rules, of_firsts, others)
         ctx.groups = groups
         return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # pyright: ignore
-        emission, rules, of_firsts, second = ctx.saved_tensors
-        groups: Groups = ctx.groups
+        emission, rules, of_firsts, others = ctx.saved_tensors
+        groups: SameKey = ctx.groups
         grads = groups.padded(grad, 1)
         # Pairs that are together in no tree have no gradient.
         used = grads.ne(0).any(-1).any(-1).any(0).nonzero().squeeze(-1)
-        key, others, grads = groups.key[used], groups.padded(second)[used], grads[:, used]
+        key, others, grads = groups.key[used], others[used], grads[:, used]
         grad_emission, grad_rules = torch.zeros_like(emission), torch.empty_like(rules)
         for label in range(len(rules)):
             on_first = (grads[label].mT @ emission[label, others]).flatten(1)

@@ -17,7 +17,6 @@ from torch.autograd.function import once_differentiable
 
 from gfnem.categorical import sample_categorical
 from gfnem.tasks.grammar.annotated import AnnotatedPotentials, ContextPotentials, DenseGrammar
-from gfnem.tasks.grammar.groups import Groups
 from gfnem.tasks.grammar.messages import (
     INNER,
     LEAVES,
@@ -31,6 +30,7 @@ from gfnem.tasks.grammar.messages import (
     scales_under,
     under,
 )
+from gfnem.tasks.grammar.same_key import SameKey
 from gfnem.tasks.grammar.tree import Trees
 
 
@@ -366,7 +366,7 @@ def _summed_products(
 
     The nodes of a table are taken together in groups, each a product of two matrices.
     """
-    groups = Groups.of(table)
+    groups = SameKey.of(table)
     # Labels come first, as in the tables' memory.
     left, right = groups.padded(above).permute(3, 0, 2, 1), groups.padded(below).permute(2, 0, 1, 3)
     products = left @ right

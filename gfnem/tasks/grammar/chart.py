@@ -227,8 +227,7 @@ class ChartPolicy(NumberedPolicy):
 
     usage: Tensor
     parents: Tensor
-    counted: Tensor
-    clustered_at: Tensor
+    clustering_age: Tensor
 
     def __init__(
         self,
@@ -259,10 +258,9 @@ class ChartPolicy(NumberedPolicy):
         self.guide = guide
         self.clusters = clusters
         self.register_buffer("usage", torch.zeros(nonterminals, nonterminals + 1))
-        # The cluster of each parent; batches that were counted, and when parents were clustered.
+        # The cluster of each parent, and how many batches ago they were sought; -1 for never.
         self.register_buffer("parents", torch.zeros(nonterminals + 1, dtype=torch.long))
-        self.register_buffer("counted", torch.zeros((), dtype=torch.long))
-        self.register_buffer("clustered_at", torch.full((), -1))
+        self.register_buffer("clustering_age", torch.full((), -1))
         self.encoder = SpanEncoder(
             preterminals,
             nonterminals * (nonterminals + 2),
@@ -323,13 +321,11 @@ class ChartPolicy(NumberedPolicy):
         if count is None:
             low_rank = isinstance(potentials, FactoredPotentials)
             count = 1 if low_rank else min(CLUSTERS, self.nonterminals + 1)
-        if count > 1 and (self.clustered_at < 0 or self._clusters_are_old()):
+        age = int(self.clustering_age)
+        if count > 1 and (age < 0 or (self.training and age >= CLUSTERING)):
             self.parents.copy_(cluster_parents(model.grammar(), self.usage, count))
-            self.clustered_at.copy_(self.counted)
+            self.clustering_age.zero_()
         return relaxed(potentials, self.usage, self.parents)
-
-    def _clusters_are_old(self) -> bool:
-        return self.training and bool(self.counted - self.clustered_at >= CLUSTERING)
 
     def sample(
         self, condition: ChartCondition, samples: int, behaviour: Behaviour = ON_POLICY
@@ -612,7 +608,7 @@ class ChartPolicy(NumberedPolicy):
         counts = torch.bincount(pairs[trees.exists], minlength=self.usage.numel())
         counts = counts.view_as(self.usage)
         self.usage.mul_(DECAY).add_(counts)
-        self.counted += 1
+        self.clustering_age += 1
 
     def trajectories(self, condition: ChartCondition, paths: Paths) -> ScoredTrajectories:
         choices = paths.record

@@ -259,15 +259,14 @@ class GrammarEvaluator:
             }
             for name, trees in shapes.items():
                 counts.setdefault(name, []).append(SpanCounts.of(trees, gold))
-        long = [
-            (span, len(words))
+        at_right_edge = [
+            end == len(words)
             for words, spans in zip(corpus.sentences, corpus.gold, strict=True)
-            for span in spans
-            if len(words) >= LONG and span != (0, len(words))
+            for start, end in spans
+            if len(words) >= LONG and (start, end) != (0, len(words))
         ]
         metrics = {}
-        if long:
-            at_right_edge = [end == length for (_, end), length in long]
+        if at_right_edge:
             metrics["baseline/gold_right_edge"] = sum(at_right_edge) / len(at_right_edge)
         for name, parts in counts.items():
             total = SpanCounts.cat(parts)

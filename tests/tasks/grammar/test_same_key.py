@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import torch
 
-from gfnem.tasks.grammar import groups
-from gfnem.tasks.grammar.groups import Groups
+from gfnem.tasks.grammar import same_key
+from gfnem.tasks.grammar.same_key import SameKey
 
 
 def test_entries_with_one_key_are_together(monkeypatch):
-    monkeypatch.setattr(groups, "SIZE", 2)
+    monkeypatch.setattr(same_key, "SIZE", 2)
     keys = torch.tensor([5, 3, 5, 5, 9, 3])
-    found = Groups.of(keys)
+    found = SameKey.of(keys)
     assert found.key.tolist() == [3, 5, 5, 9]
     padded = found.padded(torch.arange(1, 7))
     assert padded.tolist() == [[2, 6], [1, 3], [4, 0], [5, 0]]
@@ -23,6 +23,6 @@ def test_entries_with_one_key_are_together(monkeypatch):
 
 
 def test_nothing_has_no_groups():
-    found = Groups.of(torch.empty(0, dtype=torch.long))
+    found = SameKey.of(torch.empty(0, dtype=torch.long))
     assert len(found.key) == 0
-    assert found.padded(torch.empty(0, 4)).shape == (0, groups.SIZE, 4)
+    assert found.padded(torch.empty(0, 4)).shape == (0, same_key.SIZE, 4)

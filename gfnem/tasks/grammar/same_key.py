@@ -12,7 +12,7 @@ SIZE = 8
 
 
 @dataclass(frozen=True)
-class Groups:
+class SameKey:
     """Groups of at most `SIZE` entries with one key; a key that comes often has several groups.
 
     order: the entries, group by group.
@@ -26,12 +26,12 @@ class Groups:
     key: Int[Tensor, "groups"]
 
     @staticmethod
-    def of(key: Int[Tensor, "entries"]) -> Groups:
+    def of(key: Int[Tensor, "entries"]) -> SameKey:
         order = key.argsort(stable=True)
         key = key[order]
         rank = torch.arange(len(key), device=key.device) - torch.searchsorted(key, key)
         begins = rank % SIZE == 0
-        return Groups(order, begins.cumsum(0) - 1, rank % SIZE, key[begins])
+        return SameKey(order, begins.cumsum(0) - 1, rank % SIZE, key[begins])
 
     def padded(
         self, values: Shaped[Tensor, "*before entries *after"], axis: int = 0
