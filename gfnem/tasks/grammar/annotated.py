@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from gfnem.categorical import sample_categorical
 from gfnem.tasks.grammar.potentials import MergePotentials, Potentials, Same
+from gfnem.tasks.grammar.products import matrix_vector
 from gfnem.tasks.grammar.same_key import SameKey
 
 
@@ -159,10 +160,10 @@ class AnnotatedPotentials(ContextPotentials):
 
     def word_on_left(self, sentence: Tensor, word: Tensor, right: Tensor) -> Tensor:
         # The label of the merged root is the other one's context, which S never is.
-        return (self.left[self.word[sentence, word]] @ right[:, :-1, :, None]).squeeze(-1).mT
+        return matrix_vector(self.left[self.word[sentence, word]], right[:, :-1]).mT
 
     def word_on_right(self, sentence: Tensor, word: Tensor, left: Tensor) -> Tensor:
-        return (self.right[self.word[sentence, word]] @ left[:, :-1, :, None]).squeeze(-1).mT
+        return matrix_vector(self.right[self.word[sentence, word]], left[:, :-1]).mT
 
     @cached_property
     def _pairs_to_contexts(self) -> Float[Tensor, "nonterminals pairs contexts"]:

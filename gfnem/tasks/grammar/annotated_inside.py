@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from gfnem.categorical import sample_categorical
 from gfnem.tasks.grammar.annotated import AnnotatedPotentials
+from gfnem.tasks.grammar.products import matrix_vector
 from gfnem.tasks.grammar.spans import (
     Children,
     SpanTable,
@@ -185,8 +186,8 @@ class _Chart:
         """The spans of `width` > 2 words from their children, not yet divided by their peaks."""
         left, right = self.left_children(width), self.right_children(width)
         weights = self.weights[width][..., None, None]
-        word_left = (self.left[: len(left)] @ right[:, :, 0, ..., None]).squeeze(-1)
-        word_right = (self.right[width - 1 :] @ left[:, :, -1, ..., None]).squeeze(-1)
+        word_left = matrix_vector(self.left[: len(left)], right[:, :, 0])
+        word_right = matrix_vector(self.right[width - 1 :], left[:, :, -1])
         vectors = weights[:, :, 0] * word_left + weights[:, :, -1] * word_right
         if width > 3:
             inner = torch.bmm(self.pairs(width), self.rules.mT)

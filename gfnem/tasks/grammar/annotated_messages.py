@@ -30,6 +30,7 @@ from gfnem.tasks.grammar.messages import (
     scales_under,
     under,
 )
+from gfnem.tasks.grammar.products import matrix_vector
 from gfnem.tasks.grammar.same_key import SameKey
 from gfnem.tasks.grammar.tree import Trees
 
@@ -259,7 +260,7 @@ def _upward(
             else:
                 child, table = a, right[word[sentence, levels.end[nodes] - 1]]
             tables[kind, first] = table
-            raw = (table @ message[child, :nonterminals, :, None]).squeeze(-1)
+            raw = matrix_vector(table, message[child, :nonterminals])
             log_scale[nodes] = log_scale[child]
         largest = raw.amax((1, 2))
         factor[nodes] = positive(largest)
@@ -321,7 +322,7 @@ class _LogJointShape(torch.autograd.Function):
                 on_left, on_right = message[a, :nonterminals], message[b, :nonterminals]
                 by_label = out.transpose(0, 1)
                 pair = torch.bmm(by_label, flat_rules).unflatten(2, (nonterminals, -1))
-                descend(a, (pair @ on_right.transpose(0, 1)[..., None]).squeeze(-1).transpose(0, 1))
+                descend(a, matrix_vector(pair, on_right.transpose(0, 1)).transpose(0, 1))
                 descend(
                     b, (on_left.transpose(0, 1)[..., None, :] @ pair).squeeze(-2).transpose(0, 1)
                 )

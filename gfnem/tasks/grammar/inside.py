@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from gfnem.categorical import sample_categorical
 from gfnem.tasks.grammar.potentials import Grammar, Potentials
+from gfnem.tasks.grammar.products import matrix_vector
 from gfnem.tasks.grammar.spans import (
     Children,
     SpanTable,
@@ -157,22 +158,29 @@ def _tables(potentials: Potentials) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
 
 
 class _Semiring(NamedTuple):
-    """What stands for the sum and for the matrix product of probabilities."""
+    """What stands for the sum of probabilities and for products, matrix_vector as of `products`."""
 
     plus: Callable[[Tensor, Tensor], Tensor]
     product: Callable[[Tensor, Tensor], Tensor]
+    matrix_vector: Callable[[Tensor, Tensor], Tensor]
 
 
 def _max_product(
     left: Float[Tensor, "*batch m k"], right: Float[Tensor, "*batch k n"]
 ) -> Float[Tensor, "*batch m n"]:
     # Column by column, so that no tensor holds all m k n products.
-    columns = [(left * column[..., None, :]).amax(-1) for column in right.unbind(-1)]
+    columns = [_max_matrix_vector(left, column) for column in right.unbind(-1)]
     return torch.stack(columns, -1)
 
 
-_SUM_PRODUCT = _Semiring(torch.add, torch.matmul)
-_MAX_PRODUCT = _Semiring(torch.maximum, _max_product)
+def _max_matrix_vector(
+    matrix: Float[Tensor, "*batch m n"], vector: Float[Tensor, "*batch n"]
+) -> Float[Tensor, "*batch m"]:
+    return (matrix * vector[..., None, :]).amax(-1)
+
+
+_SUM_PRODUCT = _Semiring(torch.add, torch.matmul, matrix_vector)
+_MAX_PRODUCT = _Semiring(torch.maximum, _max_product, _max_matrix_vector)
 
 
 @dataclass(frozen=True)
@@ -237,11 +245,11 @@ class _Chart:
 
     def combine(self, width: int) -> Float[Tensor, "starts batch nonterminals"]:
         """The spans of `width` > 2 words from their children, not yet divided by their peaks."""
-        plus, product = self.semiring
+        plus, product, of_word = self.semiring
         left, right = self.vectors.left(width), self.vectors.right(width)
         weights = self.weights[width]
-        word_left = product(self.left[: len(left)], right[:, :, 0, :, None]).squeeze(-1)
-        word_right = product(self.right[width - 1 :], left[:, :, -1, :, None]).squeeze(-1)
+        word_left = of_word(self.left[: len(left)], right[:, :, 0])
+        word_right = of_word(self.right[width - 1 :], left[:, :, -1])
         vector = plus(weights[..., :1] * word_left, weights[..., -1:] * word_right)
         if width > 3:
             vector = plus(vector, product(self.pairs(width), self.rules.t()))

@@ -15,6 +15,7 @@ from torch import Tensor
 from gfnem.categorical import sample_categorical
 from gfnem.tasks.grammar.annotated import AnnotatedPotentials, ContextPotentials
 from gfnem.tasks.grammar.potentials import MergePotentials, Potentials
+from gfnem.tasks.grammar.products import matrix_vector
 from gfnem.tasks.grammar.tree import Trees
 
 LEAVES, WORD_LEFT, WORD_RIGHT, INNER = range(4)
@@ -145,11 +146,11 @@ def _upward(
             raw = both[levels.sentence[nodes], levels.gap[nodes]]
         elif kind == WORD_LEFT:
             child = levels.right[nodes]
-            raw = (_word_left(levels, left, nodes) @ message[child][..., None]).squeeze(-1)
+            raw = matrix_vector(_word_left(levels, left, nodes), message[child])
             log_scale[nodes] = log_scale[child]
         elif kind == WORD_RIGHT:
             child = levels.left[nodes]
-            raw = (_word_right(levels, right, nodes) @ message[child][..., None]).squeeze(-1)
+            raw = matrix_vector(_word_right(levels, right, nodes), message[child])
             log_scale[nodes] = log_scale[child]
         else:
             a, b = levels.left[nodes], levels.right[nodes]
@@ -209,7 +210,7 @@ class _LogJointShape(torch.autograd.Function):
             elif kind == INNER:
                 a, b = levels.left[nodes], levels.right[nodes]
                 pair = (out @ flat_rules).unflatten(1, (nonterminals, nonterminals))
-                descend(a, (pair @ message[b][..., None]).squeeze(-1))
+                descend(a, matrix_vector(pair, message[b]))
                 descend(b, (message[a][:, None] @ pair).squeeze(1))
 
         share = outside * (weight[levels.row, None] / factor)

@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from gfnem.tasks.grammar.products import matrix_vector
+
 
 @dataclass(frozen=True)
 class Grammar:
@@ -161,7 +163,7 @@ class Potentials(MergePotentials):
         left = emission @ probability[:, nt:, :nt].permute(1, 0, 2).reshape(pt, nt * nt)
         right = emission @ probability[:, :nt, nt:].permute(2, 0, 1).reshape(pt, nt * nt)
         pair = emission[:, :-1] @ probability[:, nt:, nt:].permute(1, 0, 2).reshape(pt, nt * pt)
-        both = pair.unflatten(-1, (nt, pt)) @ emission[:, 1:, :, None]
+        both = matrix_vector(pair.unflatten(-1, (nt, pt)), emission[:, 1:])
         mean = emission.mean(-1)
         tiny = torch.finfo(mean.dtype).tiny
         return Potentials(
@@ -169,7 +171,7 @@ class Potentials(MergePotentials):
             rules=probability[:, :nt, :nt],
             left=left.unflatten(-1, (nt, nt)),
             right=right.unflatten(-1, (nt, nt)),
-            both=both.squeeze(-1),
+            both=both,
             log_scale=log_scale,
             log_word=mean.clamp(min=tiny).log() + log_scale,
             preterminal=emission / (emission.sum(-1, keepdim=True) + tiny),
@@ -184,10 +186,10 @@ class Potentials(MergePotentials):
         return self.both[..., None, :]
 
     def word_on_left(self, sentence: Tensor, word: Tensor, right: Tensor) -> Tensor:
-        return (self.left[sentence, word] @ right.mT).mT
+        return right @ self.left[sentence, word].mT
 
     def word_on_right(self, sentence: Tensor, word: Tensor, left: Tensor) -> Tensor:
-        return (self.right[sentence, word] @ left.mT).mT
+        return left @ self.right[sentence, word].mT
 
     @cached_property
     def _pairs_to_labels(self) -> Float[Tensor, "pairs nonterminals"]:
