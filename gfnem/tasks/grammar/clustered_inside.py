@@ -19,6 +19,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from gfnem.tasks.grammar.annotated import AveragedRules
+from gfnem.tasks.grammar.products import matrix_vector
 from gfnem.tasks.grammar.spans import SpanTable
 
 
@@ -34,11 +35,14 @@ def inside_scores(
     """
     batch, length, nonterminals, count, _ = grammar.left.shape
     below = clusters[:-1]
-    # Labels by their cluster: what they become, [pair of children, label and cluster].
+    # Labels by their cluster: what they become, [pair of children, label and cluster], and what
+    # words do beside a child, [position, sentence, label and cluster, the child's label].
     members = [(below == cluster).nonzero().squeeze(1) for cluster in range(count)]
     rules = [grammar.rules[labels].flatten(0, 1).flatten(1).t() for labels in members]
-    left_words = grammar.left.transpose(0, 1).contiguous()
-    right_words = grammar.right.transpose(0, 1).contiguous()
+    left_words, right_words = (
+        [table.transpose(0, 1).index_select(2, labels).flatten(2, 3) for labels in members]
+        for table in (grammar.left, grammar.right)
+    )
     vectors = SpanTable.zeros(grammar.both, length, batch, count, nonterminals)
     scales = SpanTable.zeros(grammar.both, length, batch)
     scores, largest = grammar.both.permute(1, 0, 3, 2), grammar.both.new_zeros(())
@@ -47,16 +51,16 @@ def inside_scores(
             weights, largest = scales.split_weights(width)
             weights = weights[..., None, None]
             left, right = vectors.left(width), vectors.right(width)
-            # A child beside a word: [..., label of the parent, cluster above it].
-            on_right = (left_words[: len(left)] @ right[:, :, 0, below, :, None]).squeeze(-1)
-            on_left = (right_words[width - 1 :] @ left[:, :, -1, below, :, None]).squeeze(-1)
-            scores = weights[:, :, 0] * on_right + weights[:, :, -1] * on_left
-            if width > 3:
-                weighted = weights[:, :, 1:-1] * left[:, :, 1:-1]
-                children = (x.permute(3, 0, 1, 2, 4) for x in (weighted, right[:, :, 1:-1]))
-                for labels, becomes, first, second in zip(members, rules, *children, strict=True):
-                    pairs = (first.mT @ second).flatten(-2)
-                    scores[:, :, labels] += (pairs @ becomes).unflatten(-1, (len(labels), count))
+            scores = weights.new_empty(*left.shape[:2], nonterminals, count)
+            weighted = weights[:, :, 1:-1] * left[:, :, 1:-1]
+            for cluster, labels in enumerate(members):
+                on_right = matrix_vector(left_words[cluster][: len(left)], right[:, :, 0, cluster])
+                on_left = matrix_vector(right_words[cluster][width - 1 :], left[:, :, -1, cluster])
+                score = weights[:, :, 0, 0] * on_right + weights[:, :, -1, 0] * on_left
+                if width > 3:
+                    pairs = weighted[:, :, :, cluster].mT @ right[:, :, 1:-1, cluster]
+                    score += pairs.flatten(-2) @ rules[cluster]
+                scores[:, :, labels] = score.unflatten(-1, (len(labels), count))
             scores = scores.mT
         peak = scores.amax((-1, -2))
         vectors.put(width, scores / torch.where(peak > 0, peak, 1.0)[..., None, None])
