@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from gfnem.categorical import sample_categorical
 from gfnem.tasks.grammar.potentials import MergePotentials, Potentials, Same
-from gfnem.tasks.grammar.products import matrix_vector
+from gfnem.tasks.grammar.products import matrix_vector, times_narrow
 from gfnem.tasks.grammar.same_key import SameKey
 
 
@@ -171,7 +171,7 @@ class AnnotatedPotentials(ContextPotentials):
 
     def two_roots(self, left: Tensor, right: Tensor) -> Tensor:
         pairs = (left[:, :-1, :, None] * right[:, :-1, None]).flatten(2)
-        return torch.bmm(pairs.transpose(0, 1), self._pairs_to_contexts).permute(1, 2, 0)
+        return times_narrow(pairs.transpose(0, 1), self._pairs_to_contexts).permute(1, 2, 0)
 
     def inner_rules(self, label: Tensor, context: Tensor) -> Tensor:
         return self.rules[label, context]

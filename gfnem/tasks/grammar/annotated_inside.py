@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from gfnem.categorical import sample_categorical
 from gfnem.tasks.grammar.annotated import AnnotatedPotentials
-from gfnem.tasks.grammar.products import matrix_vector
+from gfnem.tasks.grammar.products import matrix_vector, times_narrow
 from gfnem.tasks.grammar.spans import (
     Children,
     SpanTable,
@@ -190,7 +190,7 @@ class _Chart:
         word_right = matrix_vector(self.right[width - 1 :], left[:, :, -1])
         vectors = weights[:, :, 0] * word_left + weights[:, :, -1] * word_right
         if width > 3:
-            inner = torch.bmm(self.pairs(width), self.rules.mT)
+            inner = times_narrow(self.pairs(width), self.rules.mT)
             vectors += inner.unflatten(1, vectors.shape[:2]).permute(1, 2, 0, 3)
         return vectors.mT
 

@@ -30,7 +30,7 @@ from gfnem.tasks.grammar.messages import (
     scales_under,
     under,
 )
-from gfnem.tasks.grammar.products import matrix_vector
+from gfnem.tasks.grammar.products import matrix_vector, times_narrow
 from gfnem.tasks.grammar.same_key import SameKey
 from gfnem.tasks.grammar.tree import Trees
 
@@ -252,7 +252,7 @@ def _upward(
             raw = both[sentence, levels.gap[nodes]]
         elif kind == INNER:
             pairs = _pairs(message[a, :nonterminals], message[b, :nonterminals])
-            raw = torch.bmm(pairs, by_pair).transpose(0, 1)
+            raw = times_narrow(pairs, by_pair).transpose(0, 1)
             log_scale[nodes] = log_scale[a] + log_scale[b]
         else:
             if kind == WORD_LEFT:

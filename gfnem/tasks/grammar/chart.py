@@ -18,7 +18,7 @@ labellings: the last choice forgets the labels, and has P_B = p(labels | shape, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -38,7 +38,7 @@ from gfnem.posteriors.gflownet import (
     trajectories_of_choices,
 )
 from gfnem.posteriors.sequence_env import SequenceEnv
-from gfnem.tasks.grammar.annotated import AnnotatedPotentials, ContextPotentials
+from gfnem.tasks.grammar.annotated import AnnotatedGrammar, AnnotatedPotentials, ContextPotentials
 from gfnem.tasks.grammar.annotated_messages import contexts
 from gfnem.tasks.grammar.chart_estimators import ChartEstimator
 from gfnem.tasks.grammar.data import Sentences
@@ -109,6 +109,8 @@ class ChartCondition:
     model: the grammar.
     model_potentials: what it says of the words, of its own kind; for shapes differentiable.
     potentials: the same without gradients.
+    grammar: differentiable, for labelled trees of a grammar whose rules see the parent: M-steps
+        look up their rules one by one, which tables need not remember.
     guide: inside scores of all spans, exact or not.
     encode: the policy's encoder; it runs when something is first asked of it.
     """
@@ -117,6 +119,7 @@ class ChartCondition:
     model: GrammarModel
     model_potentials: Potentials | ContextPotentials
     potentials: ContextPotentials
+    grammar: AnnotatedGrammar | None
     guide: Guide
     encode: Callable[[], SpanEncoding]
 
@@ -151,6 +154,13 @@ class ChartCondition:
     def log_grammar(self, z: Trees) -> Float[Tensor, "batch samples"]:
         """The grammar's log p(x, z), differentiable in it."""
         return self.model.log_grammar_given(self.model_potentials, z)
+
+    def model_log_joint(self, paths: Paths) -> Float[Tensor, "batch samples"] | None:
+        """log p(x, z) of where trajectories end, differentiable in the model where it can be."""
+        if self.grammar is None:
+            return paths.model_log_joint
+        assert isinstance(self.model, AnnotatedModel)
+        return self.model.log_joint_under(self.grammar, self.sentences, paths.z)
 
     def labelled(self, z: Trees) -> Trees:
         """The trees themselves, or shapes with labels from P_B."""
@@ -291,23 +301,30 @@ class ChartPolicy(NumberedPolicy):
             )
 
     def condition(self, model: GrammarModel, x: Sentences) -> ChartCondition:
-        # M-steps look up the rules of labelled trees one by one, which tables need not remember.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.latent == "shape"):
-            model_potentials = model.potentials(x)
+        gradients, shapes = torch.is_grad_enabled(), self.latent == "shape"
+        grammar = None
+        if gradients and not shapes and isinstance(model, AnnotatedModel):
+            grammar = model.grammar()
+        with torch.set_grad_enabled(gradients and shapes):
+            if grammar is None:
+                model_potentials = model.potentials(x)
+            else:
+                model_potentials = grammar.potentials(x.words, x.lengths)
         potentials = model_potentials
         if isinstance(potentials, Potentials):
             potentials = AnnotatedPotentials.of_context_free(potentials)
         potentials = potentials.detach()
         with torch.no_grad():
             guide = self._guide(model, potentials)
-        gradients = torch.is_grad_enabled()
 
         def encode() -> SpanEncoding:
             # Whoever asks first, sampling without gradients perhaps, asks for all.
             with torch.set_grad_enabled(gradients):
                 return self.encoder(potentials.preterminal, x.lengths)
 
-        self.last_condition = ChartCondition(x, model, model_potentials, potentials, guide, encode)
+        self.last_condition = ChartCondition(
+            x, model, model_potentials, potentials, grammar, guide, encode
+        )
         return self.last_condition
 
     def _guide(self, model: GrammarModel, potentials: ContextPotentials) -> Guide:
@@ -333,7 +350,8 @@ class ChartPolicy(NumberedPolicy):
         trees = self._roll(condition, samples, behaviour)
         if self.training:
             self._count(trees)
-        return self._paths(condition, trees)
+        paths = self._paths(condition, trees)
+        return replace(paths, model_log_joint=condition.model_log_joint(paths))
 
     def numbers(self, z: Trees) -> Int[Tensor, "batch samples numbers"]:
         return z.numbers

@@ -19,7 +19,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from gfnem.tasks.grammar.annotated import AveragedRules
-from gfnem.tasks.grammar.products import matrix_vector
+from gfnem.tasks.grammar.products import matrix_vector, times_narrow
 from gfnem.tasks.grammar.spans import SpanTable
 
 
@@ -59,7 +59,8 @@ def inside_scores(
                 score = weights[:, :, 0, 0] * on_right + weights[:, :, -1, 0] * on_left
                 if width > 3:
                     pairs = weighted[:, :, :, cluster].mT @ right[:, :, 1:-1, cluster]
-                    score += pairs.flatten(-2) @ rules[cluster]
+                    pairs = pairs.flatten(0, 1).flatten(1)
+                    score += times_narrow(pairs, rules[cluster]).unflatten(0, left.shape[:2])
                 scores[:, :, labels] = score.unflatten(-1, (len(labels), count))
             scores = scores.mT
         peak = scores.amax((-1, -2))

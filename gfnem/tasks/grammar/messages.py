@@ -15,7 +15,7 @@ from torch import Tensor
 from gfnem.categorical import sample_categorical
 from gfnem.tasks.grammar.annotated import AnnotatedPotentials, ContextPotentials
 from gfnem.tasks.grammar.potentials import MergePotentials, Potentials
-from gfnem.tasks.grammar.products import matrix_vector
+from gfnem.tasks.grammar.products import matrix_vector, times_narrow
 from gfnem.tasks.grammar.tree import Trees
 
 LEAVES, WORD_LEFT, WORD_RIGHT, INNER = range(4)
@@ -154,7 +154,8 @@ def _upward(
             log_scale[nodes] = log_scale[child]
         else:
             a, b = levels.left[nodes], levels.right[nodes]
-            raw = (message[a][:, :, None] * message[b][:, None]).flatten(1) @ flat_rules
+            pairs = (message[a][:, :, None] * message[b][:, None]).flatten(1)
+            raw = times_narrow(pairs, flat_rules)
             log_scale[nodes] = log_scale[a] + log_scale[b]
         largest = raw.amax(-1, keepdim=True)
         factor[nodes] = positive(largest)

@@ -77,7 +77,12 @@ class AnnotatedModel(GrammarModel):
         return Rules(grammar.root.exp(), expand, emit)
 
     def log_joint(self, x: Sentences, z: Trees) -> Float[Tensor, "batch samples"]:
-        grammar = self.grammar()
+        return self.log_joint_under(self.grammar(), x, z)
+
+    def log_joint_under(
+        self, grammar: AnnotatedGrammar, x: Sentences, z: Trees
+    ) -> Float[Tensor, "batch samples"]:
+        """`log_joint` under the model's grammar where that is at hand."""
         if z.labels is not None and isinstance(grammar, DenseGrammar):
             value = annotated_messages.log_joint_by_gathers(grammar, x.words, z)
             return value + self.log_prior_weight(z)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from gfnem.tasks.grammar.products import matrix_vector
+from gfnem.tasks.grammar.products import matrix_vector, times_narrow
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,8 @@ class Potentials(MergePotentials):
         return self.rules.flatten(1).t()
 
     def two_roots(self, left: Tensor, right: Tensor) -> Tensor:
-        return (left.mT * right).flatten(1)[:, None] @ self._pairs_to_labels
+        pairs = (left.mT * right).flatten(1)
+        return times_narrow(pairs, self._pairs_to_labels)[:, None]
 
     def average(self, message: Tensor, whole: Tensor, weights: Tensor | None = None) -> Tensor:
         # Of one context.

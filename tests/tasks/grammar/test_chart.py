@@ -512,3 +512,18 @@ def test_clusters_need_rules_that_see_the_parent():
 def test_options_that_make_no_policy(options, message):
     with pytest.raises(UserError, match=message):
         ChartPolicy(2, 3, 8, **options)
+
+
+@pytest.mark.parametrize("make", [FixedNCFG, FixedLowRankNCFG])
+@pytest.mark.parametrize("latent", LATENTS)
+def test_m_steps_take_the_log_joint_of_the_e_step(latent: Any, make: Any):
+    model, policy = make(latent), make_policy(latent, "relaxation")
+    x = sentences([4, 5])
+    latents = GFlowNetPosterior(policy, samples=3).e_step(model, x).latents
+    assert latents is not None and latents.log_joint is not None
+    again = model.log_joint(x, latents.z)
+    torch.testing.assert_close(latents.log_joint, again)
+    parameters = list(model.parameters())
+    kept = torch.autograd.grad(latents.log_joint.sum(), parameters)
+    for one, other in zip(kept, torch.autograd.grad(again.sum(), parameters), strict=True):
+        torch.testing.assert_close(one, other)
