@@ -109,7 +109,8 @@ def _tables(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     # Spans of one width begin everywhere: here every place has its word's tables.
     p = potentials
-    return p.root, p.rules, p.left[p.word], p.right[p.word], p.both, p.lengths
+    word = p.word.t()
+    return p.root, p.rules, p.left[word], p.right[word], p.both, p.lengths
 
 
 @dataclass(frozen=True)
@@ -138,18 +139,18 @@ class _Chart:
     def of(
         root: Float[Tensor, "nonterminals"],
         rules: Float[Tensor, "nonterminals contexts nonterminals nonterminals"],
-        left: Float[Tensor, "batch length nonterminals contexts nonterminals"],
-        right: Float[Tensor, "batch length nonterminals contexts nonterminals"],
+        left: Float[Tensor, "length batch nonterminals contexts nonterminals"],
+        right: Float[Tensor, "length batch nonterminals contexts nonterminals"],
         both: Float[Tensor, "batch gaps nonterminals contexts"],
         lengths: Int[Tensor, "batch"],
         span_scores: Float[Tensor, "batch length+1 length+1"] | None = None,
     ) -> _Chart:
-        batch, length, nonterminals, contexts, _ = left.shape
+        length, batch, nonterminals, contexts, _ = left.shape
         chart = _Chart(
             root=root,
             rules=rules.flatten(2),
-            left=left.transpose(0, 1).contiguous(),
-            right=right.transpose(0, 1).contiguous(),
+            left=left,
+            right=right,
             lengths=lengths,
             vectors=SpanTable.zeros(both, length, batch, contexts, nonterminals),
             scales=SpanTable.zeros(both, length, batch),
@@ -279,7 +280,7 @@ class _LogPartition(torch.autograd.Function):
 
         def of_words(above: Tensor, child: Tensor) -> Tensor:
             child = child[..., :nonterminals, :].transpose(2, 3)
-            return (above.permute(0, 1, 3, 4, 2) @ child).transpose(0, 1)
+            return above.permute(0, 1, 3, 4, 2) @ child
 
         # All widths at once: the span (i, j) of 3, ..., length words met left[i] with (i + 1, j)
         # and right[j - 1] with (i, j - 1).
