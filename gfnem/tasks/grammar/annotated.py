@@ -298,8 +298,9 @@ class _Probabilities(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, log_rules: Tensor, nonterminals: int):  # pyright: ignore
+        # In place once they are in order: CPUs take twice as long for both at once.
         parts = tuple(
-            torch.exp(view, out=view.new_empty(view.shape))
+            view.clone(memory_format=torch.contiguous_format).exp_()
             for view in _Probabilities._views(log_rules, nonterminals)
         )
         ctx.save_for_backward(*parts)

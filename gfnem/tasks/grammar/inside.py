@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from gfnem.categorical import sample_categorical
 from gfnem.tasks.grammar.potentials import Grammar, Potentials
-from gfnem.tasks.grammar.products import matrix_vector
+from gfnem.tasks.grammar.products import matrix_vector, times_narrow
 from gfnem.tasks.grammar.spans import (
     Children,
     SpanTable,
@@ -158,19 +158,20 @@ def _tables(potentials: Potentials) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
 
 
 class _Semiring(NamedTuple):
-    """What stands for the sum of probabilities and for products, matrix_vector as of `products`."""
+    """What stands for the sum of probabilities and for products; the last two as in `products`."""
 
     plus: Callable[[Tensor, Tensor], Tensor]
     product: Callable[[Tensor, Tensor], Tensor]
+    times_narrow: Callable[[Tensor, Tensor], Tensor]
     matrix_vector: Callable[[Tensor, Tensor], Tensor]
 
 
 def _max_product(
     left: Float[Tensor, "*batch m k"], right: Float[Tensor, "*batch k n"]
 ) -> Float[Tensor, "*batch m n"]:
-    # Row by row, so that no tensor holds all m k n products.
-    rows = [_max_matrix_vector(right.mT, row) for row in left.unbind(-2)]
-    return torch.stack(rows, -2)
+    # Column by column, so that no tensor holds all m k n products.
+    columns = [_max_matrix_vector(left, column) for column in right.unbind(-1)]
+    return torch.stack(columns, -1)
 
 
 def _max_matrix_vector(
@@ -179,8 +180,8 @@ def _max_matrix_vector(
     return (matrix * vector[..., None, :]).amax(-1)
 
 
-_SUM_PRODUCT = _Semiring(torch.add, torch.matmul, matrix_vector)
-_MAX_PRODUCT = _Semiring(torch.maximum, _max_product, _max_matrix_vector)
+_SUM_PRODUCT = _Semiring(torch.add, torch.matmul, times_narrow, matrix_vector)
+_MAX_PRODUCT = _Semiring(torch.maximum, _max_product, _max_product, _max_matrix_vector)
 
 
 @dataclass(frozen=True)
@@ -245,16 +246,15 @@ class _Chart:
 
     def combine(self, width: int) -> Float[Tensor, "starts batch nonterminals"]:
         """The spans of `width` > 2 words from their children, not yet divided by their peaks."""
-        plus, product, of_word = self.semiring
+        semiring = self.semiring
         left, right = self.vectors.left(width), self.vectors.right(width)
         weights = self.weights[width]
-        word_left = of_word(self.left[: len(left)], right[:, :, 0])
-        word_right = of_word(self.right[width - 1 :], left[:, :, -1])
-        vector = plus(weights[..., :1] * word_left, weights[..., -1:] * word_right)
+        word_left = semiring.matrix_vector(self.left[: len(left)], right[:, :, 0])
+        word_right = semiring.matrix_vector(self.right[width - 1 :], left[:, :, -1])
+        vector = semiring.plus(weights[..., :1] * word_left, weights[..., -1:] * word_right)
         if width > 3:
-            # The labels as rows: few columns take up to twice as long on CPUs.
-            inner = product(self.rules, self.pairs(width).flatten(0, 1).t())
-            vector = plus(vector, inner.t().unflatten(0, vector.shape[:2]))
+            inner = semiring.times_narrow(self.pairs(width).flatten(0, 1), self.rules.t())
+            vector = semiring.plus(vector, inner.unflatten(0, vector.shape[:2]))
         return vector
 
     def pairs(self, width: int) -> Float[Tensor, "starts batch nonterminals*nonterminals"]:
