@@ -23,6 +23,7 @@ from gfnem.tasks.grammar.messages import (
     WORD_LEFT,
     WORD_RIGHT,
     Levels,
+    NodeMessages,
     log,
     positive,
     root_score,
@@ -166,9 +167,8 @@ def inside_scores(
     The former is the logarithm of sum over A of p(words under the node, shape below it | A, P),
     averaged over the nonterminals P. No gradients.
     """
-    levels, p = Levels.of(trees), potentials
-    up = _upward(levels, p.rules, p.left, p.right, p.both, p.word)
-    return shape_scores(p, trees, levels, up.message, up.log_scale)
+    levels = Levels.of(trees)
+    return shape_scores(potentials, trees, levels, *upward(potentials, levels))
 
 
 def shape_scores(
@@ -193,7 +193,7 @@ def sample_labels(
     levels = Levels.of(trees)
     nonterminals = len(potentials.root)
     p = potentials
-    message = _upward(levels, p.rules, p.left, p.right, p.both, p.word).message
+    message = upward(potentials, levels).message
     label = torch.zeros_like(levels.row)
     context = torch.full_like(label, nonterminals)
     top = potentials.root * message[levels.root, -1]
@@ -236,14 +236,31 @@ class _Messages:
     tables: dict[tuple[int, int], Float[Tensor, "nodes nonterminals contexts nonterminals"]]
 
 
+def upward(
+    potentials: AnnotatedPotentials, levels: Levels, known: NodeMessages | None = None
+) -> NodeMessages:
+    """Messages [context, label] of all nodes, given those that `levels` says are known."""
+    p = potentials
+    up = _upward(levels, p.rules, p.left, p.right, p.both, p.word, known)
+    return NodeMessages(up.message, up.log_scale)
+
+
 def _upward(
-    levels: Levels, rules: Tensor, left: Tensor, right: Tensor, both: Tensor, word: Tensor
+    levels: Levels,
+    rules: Tensor,
+    left: Tensor,
+    right: Tensor,
+    both: Tensor,
+    word: Tensor,
+    known: NodeMessages | None = None,
 ) -> _Messages:
     nonterminals, contexts = rules.shape[:2]
     by_pair = rules.flatten(2).mT
     message = rules.new_empty(len(levels.row), contexts, nonterminals)
     factor, log_scale = rules.new_empty(len(levels.row)), rules.new_zeros(len(levels.row))
     tables = {}
+    if known is not None:
+        message[: levels.known], log_scale[: levels.known] = known
     for kind, first, behind in levels.slices:
         nodes = slice(first, behind)
         sentence = levels.sentence[nodes]

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from gfnem.categorical import sample_categorical
 from gfnem.tasks.grammar.annotated_messages import shape_scores
 from gfnem.tasks.grammar.factored import FactoredPotentials
-from gfnem.tasks.grammar.messages import Levels, positive
+from gfnem.tasks.grammar.messages import Levels, NodeMessages, positive
 from gfnem.tasks.grammar.tree import Trees
 
 
@@ -32,8 +32,9 @@ def log_joint_shape(potentials: FactoredPotentials, trees: Trees) -> Float[Tenso
     grammar gives a shape no probability.
     """
     p = potentials
+    nodes = _Nodes.of(Levels.of(trees), p)
     value = _LogJointShape.apply(
-        p.root, p.mixture, p.left, p.right, p.word_left, p.word_right, _Nodes.of(trees)
+        p.root, p.mixture, p.left, p.right, p.word_left, p.word_right, nodes
     )
     return value.view(trees.start.shape[:2]) + potentials.total_log_scale[:, None]
 
@@ -42,17 +43,26 @@ def inside_scores(
     potentials: FactoredPotentials, trees: Trees
 ) -> tuple[Float[Tensor, "batch samples nodes"], Float[Tensor, "batch samples"]]:
     """As in `annotated_messages`."""
-    p, nodes = potentials, _Nodes.of(trees)
-    up = _upward(nodes, p.mixture, p.left, p.right, p.word_left, p.word_right)
-    return shape_scores(p, trees, nodes.levels, up.message.transpose(0, 1), up.log_scale)
+    levels = Levels.of(trees)
+    return shape_scores(potentials, trees, levels, *upward(potentials, levels))
+
+
+def upward(
+    potentials: FactoredPotentials, levels: Levels, known: NodeMessages | None = None
+) -> NodeMessages:
+    """Messages [context, label] of all nodes, given those that `levels` says are known."""
+    p = potentials
+    nodes = _Nodes.of(levels, p)
+    up = _upward(nodes, p.mixture, p.left, p.right, p.word_left, p.word_right, known)
+    return NodeMessages(up.message.transpose(0, 1), up.log_scale)
 
 
 def sample_labels(
     potentials: FactoredPotentials, trees: Trees, generator: torch.Generator | None = None
 ) -> Trees:
     """The same trees with nonterminals drawn from the exact p(labels | shape, x), top-down."""
-    p, nodes = potentials, _Nodes.of(trees)
-    levels = nodes.levels
+    p, levels = potentials, Levels.of(trees)
+    nodes = _Nodes.of(levels, p)
     up = _upward(nodes, p.mixture, p.left, p.right, p.word_left, p.word_right)
     label = torch.zeros_like(levels.row)
     context = torch.full_like(label, len(p.root))
@@ -88,9 +98,9 @@ class _Nodes:
     words: int
 
     @staticmethod
-    def of(trees: Trees) -> _Nodes:
-        levels, length = Levels.of(trees), trees.start.shape[-1] + 1
-        words = len(trees.lengths) * length
+    def of(levels: Levels, potentials: FactoredPotentials) -> _Nodes:
+        batch, length = potentials.log_scale.shape
+        words = batch * length
         word = levels.sentence * length
         left, right = levels.left, levels.right
         is_left = torch.zeros_like(left, dtype=torch.bool)
@@ -133,6 +143,7 @@ def _upward(
     right: Float[Tensor, "rank nonterminals"],
     word_left: Float[Tensor, "batch length nonterminals rank"],
     word_right: Float[Tensor, "batch length nonterminals rank"],
+    known: NodeMessages | None = None,
 ) -> _Messages:
     levels, words = nodes.levels, nodes.words
     total = len(levels.row)
@@ -144,6 +155,16 @@ def _upward(
     below, factor = message[:nonterminals], mixture.new_empty(total)
     # A word's place is -1, the last: its scale is 0.
     log_scale = mixture.new_zeros(total + 1)
+
+    def to_parents(first: int, behind: int) -> None:
+        """What nodes are to their parents, once their messages are there."""
+        for side, table in zip(nodes.sides(first, behind), (left, right), strict=True):
+            vectors[:, 2 * words + side] = below.index_select(1, side) @ table.t()
+
+    if known is not None:
+        message[:, : levels.known] = known.message.transpose(0, 1)
+        log_scale[: levels.known] = known.log_scale
+        to_parents(0, levels.known)
     for first, behind in levels.heights:
         this = slice(first, behind)
         products = vectors.index_select(1, nodes.left[this])
@@ -154,8 +175,7 @@ def _upward(
         message[:, this] = (raw / factor[this, None]).permute(2, 1, 0)
         scales = log_scale[levels.left[this]] + log_scale[levels.right[this]]
         log_scale[this] = scales + largest.log()
-        for side, table in zip(nodes.sides(first, behind), (left, right), strict=True):
-            vectors[:, 2 * words + side] = below.index_select(1, side) @ table.t()
+        to_parents(first, behind)
     return _Messages(message, vectors, factor, log_scale[:-1])
 
 

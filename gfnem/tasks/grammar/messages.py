@@ -7,6 +7,7 @@ labels below. Messages go bottom-up, one level of all trees of the batch at a ti
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -32,6 +33,7 @@ class Levels:
     root: position of each tree's root, [batch * samples].
     slices: for each height, bottom-up, (kind, first, behind the last) of its non-empty kinds.
     heights: for each height, bottom-up, (first, behind the last).
+    known: how many nodes, the first of the list, are there just as children; they are in no slice.
     """
 
     sentence: Int[Tensor, "total"]
@@ -44,9 +46,11 @@ class Levels:
     root: Int[Tensor, "rows"]
     slices: list[tuple[int, int, int]]
     heights: list[tuple[int, int]]
+    known: int
 
     @staticmethod
-    def of(trees: Trees) -> Levels:
+    def of(trees: Trees, chosen: Bool[Tensor, "batch samples nodes"] | None = None) -> Levels:
+        """Of all nodes, or of the chosen ones; roots are to be among them."""
         batch, samples, nodes = trees.start.shape
         left, right = (child.flatten(0, 1) for child in trees.children())
         exists = trees.exists.flatten(0, 1)
@@ -61,9 +65,17 @@ class Levels:
                 break
             height = below + 1
         kind = (left >= 0) * 2 + (right >= 0) * 1
+        key = height * 4 + kind
+        if chosen is not None:
+            chosen = chosen.flatten(0, 1)
+            is_child = torch.zeros_like(chosen[:, :1]).expand(-1, nodes + 1).clone()
+            for child in (left, right):
+                # One place more takes what is written for words.
+                is_child.scatter_(1, torch.where(chosen & (child >= 0), child, nodes), True)
+            key = torch.where(chosen, key, -1)
+            exists = chosen | is_child[:, :nodes]
         row, gap = exists.nonzero(as_tuple=True)
-        key = (height * 4 + kind)[row, gap]
-        key, order = key.sort(stable=True)
+        key, order = key[row, gap].sort(stable=True)
         row, gap = row[order], gap[order]
         position = torch.full_like(left, -1)
         position[row, gap] = torch.arange(len(row), device=row.device)
@@ -73,9 +85,10 @@ class Levels:
             at = position[row, child.clamp(min=0)]
             children.append(torch.where(child >= 0, at, -1))
         top = trees.end.flatten(0, 1) - trees.start.flatten(0, 1)
-        slices, first = [], 0
-        behind = torch.bincount(key // 4).cumsum(0).tolist()
-        keys, counts = key.unique_consecutive(return_counts=True)
+        known = 0 if chosen is None else int((key < 0).sum())
+        slices, first = [], known
+        behind = (torch.bincount(key[known:] // 4).cumsum(0) + known).tolist()
+        keys, counts = key[known:].unique_consecutive(return_counts=True)
         for value, count in zip(keys.tolist(), counts.tolist(), strict=True):
             slices.append((value % 4, first, first + count))
             first += count
@@ -89,7 +102,8 @@ class Levels:
             right=children[1],
             root=position.gather(1, top.argmax(-1, keepdim=True)).squeeze(1),
             slices=slices,
-            heights=list(zip([0, *behind[:-1]], behind, strict=True)),
+            heights=list(zip([known, *behind[:-1]], behind, strict=True)),
+            known=known,
         )
 
     def of_kind(self, kind: int) -> Int[Tensor, "nodes"]:
@@ -116,6 +130,20 @@ class Levels:
         return flat.view_as(trees.start)
 
 
+class NodeMessages(NamedTuple):
+    """Of nodes in some order.
+
+    message: scaled to maximum 1.
+    log_scale: the logarithm of what it was divided by.
+    """
+
+    message: Float[Tensor, "total ..."]
+    log_scale: Float[Tensor, "total"]
+
+    def select(self, nodes: slice | Int[Tensor, "nodes"]) -> NodeMessages:
+        return NodeMessages(self.message[nodes], self.log_scale[nodes])
+
+
 def _word_left(levels: Levels, table: Tensor, chosen: slice) -> Tensor:
     """Entries [A, C] of the nodes whose left child is a word."""
     return table[levels.sentence[chosen], levels.start[chosen]]
@@ -131,14 +159,31 @@ def positive(x: Tensor) -> Tensor:
     return torch.where(x > 0, x, 1.0)
 
 
+def upward(
+    potentials: Potentials, levels: Levels, known: NodeMessages | None = None
+) -> NodeMessages:
+    """Messages of all nodes, given those of the nodes that `levels` says are known."""
+    p = potentials
+    message, _, log_scale = _upward(levels, p.rules, p.left, p.right, p.both, known)
+    return NodeMessages(message, log_scale)
+
+
 def _upward(
-    levels: Levels, rules: Tensor, left: Tensor, right: Tensor, both: Tensor
+    levels: Levels,
+    rules: Tensor,
+    left: Tensor,
+    right: Tensor,
+    both: Tensor,
+    known: NodeMessages | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Messages scaled to maximum 1, the factors that scaled them, and their total log-scales."""
     total, nonterminals = len(levels.row), rules.shape[0]
     message = rules.new_empty(total, nonterminals)
     factor = rules.new_empty(total, 1)
     log_scale = rules.new_zeros(total, 1)
+    if known is not None:
+        message[: levels.known] = known.message
+        log_scale[: levels.known, 0] = known.log_scale
     flat_rules = rules.reshape(nonterminals, -1).t()
     for kind, first, behind in levels.slices:
         nodes = slice(first, behind)
@@ -316,9 +361,7 @@ def inside_scores(
         top = scores.gather(-1, trees.sizes.argmax(-1, keepdim=True)).squeeze(-1)
         return scores, top + root_score(potentials, trees)
     levels = Levels.of(trees)
-    message, _, log_scale = _upward(
-        levels, potentials.rules, potentials.left, potentials.right, potentials.both
-    )
+    message, log_scale = upward(potentials, levels)
     nodes = levels.by_gap(message.sum(-1).log() + log_scale, trees)
     root = (message[levels.root] @ potentials.root).log() + log_scale[levels.root]
     return nodes + words, root.view(words.shape[:2]) + potentials.total_log_scale[:, None]
@@ -345,7 +388,7 @@ def sample_labels(
     """The same trees with nonterminals drawn from the exact p(labels | shape, x), top-down."""
     levels = Levels.of(trees)
     rules, nonterminals = potentials.rules, potentials.rules.shape[0]
-    message, _, _ = _upward(levels, rules, potentials.left, potentials.right, potentials.both)
+    message, _ = upward(potentials, levels)
     label = torch.zeros_like(levels.row)
     label[levels.root] = sample_categorical(potentials.root * message[levels.root], generator)
     for kind, first, behind in reversed(levels.slices):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,8 +22,10 @@ from gfnem.tasks.grammar.messages import (
     log_joint_labelled,
     log_joint_shape,
     sample_labels,
+    upward,
 )
 from gfnem.tasks.grammar.potentials import Grammar, Potentials
+from gfnem.tasks.grammar.shape_density import ShapeDensity
 from gfnem.tasks.grammar.tree import Trees
 from gfnem.tasks.grammar.tree_prior import TreePrior
 
@@ -86,6 +89,10 @@ class GrammarModel(TractableModel):
         """The grammar's log p(x, z) of the sentences that the potentials were made for."""
 
     @abstractmethod
+    def shape_density(self, potentials: Any) -> ShapeDensity:
+        """The grammar's log p(x, shape) of trees that change little from call to call."""
+
+    @abstractmethod
     def inside_scores(
         self, potentials: Any, z: Trees
     ) -> tuple[Float[Tensor, "batch samples nodes"], Float[Tensor, "batch samples"]]:
@@ -142,6 +149,9 @@ class ParsingModel(GrammarModel, PriorModel):
         if z.labels is None:
             return log_joint_shape(potentials, z)
         return log_joint_labelled(potentials, z)
+
+    def shape_density(self, potentials: Potentials) -> ShapeDensity:
+        return ShapeDensity(potentials, partial(upward, potentials))
 
     @torch.no_grad()
     def inside_scores(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gfnem.errors import UserError
@@ -60,8 +59,12 @@ class Rotations(Moves):
     ) -> Int[Tensor, "batch chains nodes"]:
         model, potentials = condition.model, condition.potentials
         trees = Trees.from_merge_times(state, condition.lengths)
-        log_density = partial(model.log_joint_given, potentials)
-        return rotate_and_accept(trees, log_density, steps).sizes
+        density = model.shape_density(potentials)
+
+        def log_density(trees: Trees) -> Float[Tensor, "batch samples"]:
+            return density(trees) + model.log_prior_weight(trees)
+
+        return rotate_and_accept(trees, log_density, steps, density.take).sizes
 
     def latents(
         self, condition: RotationCondition, state: Int[Tensor, "batch chains nodes"]
@@ -73,11 +76,15 @@ class Rotations(Moves):
 
 
 def rotate_and_accept(
-    trees: Trees, log_density: Callable[[Trees], Float[Tensor, "batch samples"]], steps: int
+    trees: Trees,
+    log_density: Callable[[Trees], Float[Tensor, "batch samples"]],
+    steps: int,
+    take: Callable[[Bool[Tensor, "batch samples"]], None] | None = None,
 ) -> Trees:
     """So many Metropolis-Hastings transitions by rotations; see `Rotations`.
 
     log_density: of trees, up to a constant for each sentence.
+    take: is told which of the proposals it was asked about last have been accepted.
     """
     log_joint = log_density(trees)
     for _ in range(steps):
@@ -86,6 +93,8 @@ def rotate_and_accept(
         # From a tree of probability zero, where a chain may begin, all are better.
         log_accept = (log_proposed - log_joint).where(log_joint.isfinite(), 0.0)
         accept = torch.rand_like(log_accept).log() < log_accept
+        if take is not None:
+            take(accept)
         trees = proposed.where(accept, trees)
         log_joint = log_proposed.where(accept, log_joint)
     return trees

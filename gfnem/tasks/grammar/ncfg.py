@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import partial
 from types import ModuleType
 from typing import Literal
 
@@ -26,6 +27,7 @@ from gfnem.tasks.grammar.data import Sentences
 from gfnem.tasks.grammar.derive import Rules
 from gfnem.tasks.grammar.factored import FactoredPotentials, LowRankGrammar
 from gfnem.tasks.grammar.model import GrammarModel, Residual, check_positive
+from gfnem.tasks.grammar.shape_density import ShapeDensity
 from gfnem.tasks.grammar.spans import SpanTable
 from gfnem.tasks.grammar.tree import Trees
 from gfnem.tasks.grammar.tree_prior import TreePrior
@@ -94,6 +96,9 @@ class AnnotatedModel(GrammarModel):
         if z.labels is not None:
             return annotated_messages.log_joint_labelled(potentials, z)
         return _messages(potentials).log_joint_shape(potentials, z)
+
+    def shape_density(self, potentials: ContextPotentials) -> ShapeDensity:
+        return ShapeDensity(potentials, partial(_messages(potentials).upward, potentials))
 
     @torch.no_grad()
     def inside_scores(

@@ -1,0 +1,92 @@
+"""log p(x, shape) of trees that change little from one look to the next, as those of Markov chains.
+
+The messages of all nodes are kept: where a tree has changed, only the nodes that have other spans
+below them are computed anew, which are about as many as the tree is high.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from gfnem.tasks.grammar.annotated import ContextPotentials
+from gfnem.tasks.grammar.messages import Levels, NodeMessages
+from gfnem.tasks.grammar.potentials import Potentials
+from gfnem.tasks.grammar.tree import Trees
+
+# Messages of the nodes of some levels, given those of nodes that are known.
+Upward = Callable[[Levels, NodeMessages | None], NodeMessages]
+
+
+class _Seen(NamedTuple):
+    """Trees that were looked at.
+
+    row, at: of each node computed, its tree over the whole batch, and its place in what is kept.
+    """
+
+    trees: Trees
+    row: Int[Tensor, "computed"]
+    at: Int[Tensor, "computed"]
+    messages: NodeMessages
+
+
+class ShapeDensity:
+    """Called with trees it gives log p(x, shape), without gradients.
+
+    potentials: the grammar with the words of a batch summed in.
+    upward: its messages.
+    """
+
+    def __init__(self, potentials: Potentials | ContextPotentials, upward: Upward):
+        self.potentials = potentials
+        self.upward = upward
+        self._trees: Trees | None = None
+        self._kept: NodeMessages | None = None
+        self._seen: _Seen | None = None
+
+    @torch.no_grad()
+    def __call__(self, trees: Trees) -> Float[Tensor, "batch samples"]:
+        if self._trees is None or self._kept is None:
+            levels, known = Levels.of(trees), None
+        else:
+            is_root = trees.sizes == trees.lengths[:, None, None] - 1
+            levels = Levels.of(trees, changed(trees, self._trees) | is_root)
+        at = levels.row * trees.start.shape[-1] + levels.gap
+        if self._kept is not None:
+            known = self._kept.select(at[: levels.known])
+        messages = self.upward(levels, known)
+        computed = slice(levels.known, None)
+        self._seen = _Seen(trees, levels.row[computed], at[computed], messages.select(computed))
+        if self._kept is None:
+            places = trees.start.numel()
+            self._kept = NodeMessages(
+                messages.message.new_zeros(places, *messages.message.shape[1:]),
+                messages.log_scale.new_zeros(places),
+            )
+            self.take(torch.ones_like(trees.start[..., 0], dtype=torch.bool))
+        # Where rules see the parent, that of a root is S, which comes last.
+        top = messages.message[levels.root].view(len(levels.root), -1, len(self.potentials.root))
+        log_p = (top[:, -1] @ self.potentials.root).log() + messages.log_scale[levels.root]
+        return log_p.view(trees.start.shape[:2]) + self.potentials.total_log_scale[:, None]
+
+    def take(self, taken: Bool[Tensor, "batch samples"]) -> None:
+        """Of the trees of the last call these are what the next ones will be like."""
+        assert self._seen is not None and self._kept is not None
+        seen = self._seen
+        mine = taken.flatten()[seen.row]
+        for kept, new in zip(self._kept, seen.messages, strict=True):
+            kept[seen.at[mine]] = new[mine]
+        self._trees = seen.trees if self._trees is None else seen.trees.where(taken, self._trees)
+
+
+def changed(trees: Trees, before: Trees) -> Bool[Tensor, "batch samples nodes"]:
+    """Nodes that have, themselves included, other spans below them than in the trees before."""
+    moved = trees.exists & ((trees.start != before.start) | (trees.end != before.end))
+    # The nodes below one are at the gaps between its words.
+    count = torch.nn.functional.pad(moved.long().cumsum(-1), (1, 0))
+    below = count.gather(-1, (trees.end - 1).clamp(min=0)) - count.gather(-1, trees.start)
+    return trees.exists & (below > 0)
