@@ -50,14 +50,13 @@ class ShapeDensity:
 
     @torch.no_grad()
     def __call__(self, trees: Trees) -> Float[Tensor, "batch samples"]:
-        if self._trees is None or self._kept is None:
-            levels, known = Levels.of(trees), None
-        else:
+        chosen = None
+        if self._trees is not None:
             is_root = trees.sizes == trees.lengths[:, None, None] - 1
-            levels = Levels.of(trees, changed(trees, self._trees) | is_root)
+            chosen = changed(trees, self._trees) | is_root
+        levels = Levels.of(trees, chosen)
         at = levels.row * trees.start.shape[-1] + levels.gap
-        if self._kept is not None:
-            known = self._kept.select(at[: levels.known])
+        known = None if self._kept is None else self._kept.select(at[: levels.known])
         messages = self.upward(levels, known)
         computed = slice(levels.known, None)
         self._seen = _Seen(trees, levels.row[computed], at[computed], messages.select(computed))
