@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cache, partial
 from pathlib import Path
 
 from hydra import compose as hydra_compose
@@ -82,10 +83,13 @@ def combinations(overrides: Sequence[str], folder: Path | None = None) -> list[l
     What an experiment sweeps over by itself, its `hydra.sweeper.params`, comes in addition; what is
     given counts more.
     """
+    swept_by = cache(partial(_swept_by, folder=folder))
     return [
         job
         for given in _products(overrides)
-        for job in _products([*_swept_by_itself(given, folder), *given])
+        for job in _products(
+            [*swept_by(*(o for o in given if o.startswith("experiment="))), *given]
+        )
     ]
 
 
@@ -113,11 +117,11 @@ def _products(overrides: Sequence[str]) -> list[list[str]]:
     return [list(job) for batch in batches for job in batch]
 
 
-def _swept_by_itself(overrides: Sequence[str], folder: Path | None) -> list[str]:
-    """What the experiment of a job sweeps over, as overrides."""
-    if not any(override.startswith("experiment=") for override in overrides):
+def _swept_by(*experiment: str, folder: Path | None) -> list[str]:
+    """What an experiment, `experiment=...` or none, sweeps over by itself, as overrides."""
+    if not experiment:
         return []
-    config = _hydra_compose(config_folder(), _checked(overrides, folder), with_hydra=True)
+    config = _hydra_compose(config_folder(), _checked(experiment, folder), with_hydra=True)
     return [f"{key}={values}" for key, values in (config.hydra.sweeper.params or {}).items()]
 
 
