@@ -51,10 +51,7 @@ class ContextPotentials(MergePotentials):
 
     def average(self, message: Tensor, whole: Tensor, weights: Tensor | None = None) -> Tensor:
         under_s, others = message[..., -1, :], message[..., :-1, :]
-        if weights is None:
-            average = others.mean(-2)
-        else:
-            average = (weights[..., None, :] @ others).squeeze(-2)
+        average = others.mean(-2) if weights is None else matrix_vector(others.mT, weights)
         return torch.where(whole[..., None], under_s, average)
 
     @abstractmethod

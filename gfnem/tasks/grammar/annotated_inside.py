@@ -265,8 +265,8 @@ class _LogPartition(torch.autograd.Function):
             right = outside.right(width)[..., :nonterminals, :]
             of_left[: len(score), :, width] = word_left = weights[:, :, 0] * score
             of_right[width:, :, length - width] = word_right = weights[:, :, -1] * score
-            right[:, :, 0] += (word_left[..., None, :] @ chart.left[: len(score)]).squeeze(-2)
-            left[:, :, -1] += (word_right[..., None, :] @ chart.right[width - 1 :]).squeeze(-2)
+            right[:, :, 0] += matrix_vector(chart.left[: len(score)].mT, word_left)
+            left[:, :, -1] += matrix_vector(chart.right[width - 1 :].mT, word_right)
             if width > 3:
                 by_label = score.permute(2, 0, 1, 3).flatten(1, 2)
                 grad_rules.baddbmm_(by_label.mT, chart.pairs(width))

@@ -168,21 +168,20 @@ def inside_scores(
     averaged over the nonterminals P. No gradients.
     """
     levels = Levels.of(trees)
-    return shape_scores(potentials, trees, levels, *upward(potentials, levels))
+    return shape_scores(potentials, trees, levels, upward(potentials, levels))
 
 
 def shape_scores(
     potentials: ContextPotentials,
     trees: Trees,
     levels: Levels,
-    message: Float[Tensor, "total contexts nonterminals"],
-    log_scale: Float[Tensor, "total"],
+    messages: NodeMessages,
 ) -> tuple[Float[Tensor, "batch samples nodes"], Float[Tensor, "batch samples"]]:
-    """`inside_scores` of all nodes' messages and their scales."""
+    """`inside_scores` of all nodes' messages."""
     inner = torch.zeros_like(levels.row, dtype=torch.bool)
-    nodes = potentials.average(message, inner).sum(-1).log() + log_scale
-    top = (message[levels.root, -1] @ potentials.root).log() + log_scale[levels.root]
-    log_joint = top.view(trees.start.shape[:2]) + potentials.total_log_scale[:, None]
+    nodes = potentials.average(messages.message, inner).sum(-1).log() + messages.log_scale
+    whole = messages.log_whole(levels, potentials.root).view(trees.start.shape[:2])
+    log_joint = whole + potentials.total_log_scale[:, None]
     return levels.by_gap(nodes, trees) + scales_under(potentials, trees), log_joint
 
 
@@ -307,7 +306,7 @@ class _LogJointShape(torch.autograd.Function):
         up = _upward(levels, rules, left, right, both, word)
         ctx.save_for_backward(root, rules, word)
         ctx.levels, ctx.up, ctx.words = levels, up, len(left)
-        return (up.message[levels.root, -1] @ root).log() + up.log_scale[levels.root]
+        return NodeMessages(up.message, up.log_scale).log_whole(levels, root)
 
     @staticmethod
     @once_differentiable
@@ -340,14 +339,12 @@ class _LogJointShape(torch.autograd.Function):
                 by_label = out.transpose(0, 1)
                 pair = torch.bmm(by_label, flat_rules).unflatten(2, (nonterminals, -1))
                 descend(a, matrix_vector(pair, on_right.transpose(0, 1)).transpose(0, 1))
-                descend(
-                    b, (on_left.transpose(0, 1)[..., None, :] @ pair).squeeze(-2).transpose(0, 1)
-                )
+                descend(b, matrix_vector(pair.mT, on_left.transpose(0, 1)).transpose(0, 1))
                 shared = by_label * share[nodes, None]
                 grad_rules.baddbmm_(shared.mT, _pairs(on_left, on_right))
             elif kind != LEAVES:
                 child = b if kind == WORD_LEFT else a
-                descend(child, (out[..., None, :] @ up.tables[kind, first]).squeeze(-2))
+                descend(child, matrix_vector(up.tables[kind, first].mT, out))
 
         outside *= share[:, None, None]
 

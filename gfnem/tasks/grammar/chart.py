@@ -48,7 +48,7 @@ from gfnem.tasks.grammar.guide import Guide, cluster_parents, context_free, rela
 from gfnem.tasks.grammar.messages import root_score, rule_scores
 from gfnem.tasks.grammar.model import GrammarModel, ParsingModel, check_latent
 from gfnem.tasks.grammar.ncfg import AnnotatedModel
-from gfnem.tasks.grammar.potentials import Potentials
+from gfnem.tasks.grammar.potentials import Grammar, Potentials
 from gfnem.tasks.grammar.tree import Trees
 
 # How fast old samples are forgotten in the counts of parents.
@@ -107,19 +107,19 @@ class ChartCondition:
     """A batch of sentences as the policy sees it.
 
     model: the grammar.
-    model_potentials: what it says of the words, of its own kind; for shapes differentiable.
+    grammar: its rules, differentiable.
+    model_potentials: what they say of the words, of their own kind; differentiable for shapes
+        alone. Labelled trees look up their rules one by one, which tables need not remember.
     potentials: the same without gradients.
-    grammar: differentiable, for labelled trees of a grammar whose rules see the parent: M-steps
-        look up their rules one by one, which tables need not remember.
     guide: inside scores of all spans, exact or not.
     encode: the policy's encoder; it runs when something is first asked of it.
     """
 
     sentences: Sentences
     model: GrammarModel
+    grammar: Grammar | AnnotatedGrammar
     model_potentials: Potentials | ContextPotentials
     potentials: ContextPotentials
-    grammar: AnnotatedGrammar | None
     guide: Guide
     encode: Callable[[], SpanEncoding]
 
@@ -157,9 +157,8 @@ class ChartCondition:
 
     def model_log_joint(self, paths: Paths) -> Float[Tensor, "batch samples"] | None:
         """log p(x, z) of where trajectories end, differentiable in the model where it can be."""
-        if self.grammar is None:
+        if paths.z.labels is None or not torch.is_grad_enabled():
             return paths.model_log_joint
-        assert isinstance(self.model, AnnotatedModel)
         return self.model.log_joint_under(self.grammar, self.sentences, paths.z)
 
     def labelled(self, z: Trees) -> Trees:
@@ -301,21 +300,16 @@ class ChartPolicy(NumberedPolicy):
             )
 
     def condition(self, model: GrammarModel, x: Sentences) -> ChartCondition:
-        gradients, shapes = torch.is_grad_enabled(), self.latent == "shape"
-        grammar = None
-        if gradients and not shapes and isinstance(model, AnnotatedModel):
-            grammar = model.grammar()
-        with torch.set_grad_enabled(gradients and shapes):
-            if grammar is None:
-                model_potentials = model.potentials(x)
-            else:
-                model_potentials = grammar.potentials(x.words, x.lengths)
+        gradients = torch.is_grad_enabled()
+        grammar = model.grammar()
+        with torch.set_grad_enabled(gradients and self.latent == "shape"):
+            model_potentials = grammar.potentials(x.words, x.lengths)
         potentials = model_potentials
         if isinstance(potentials, Potentials):
             potentials = AnnotatedPotentials.of_context_free(potentials)
         potentials = potentials.detach()
         with torch.no_grad():
-            guide = self._guide(model, potentials)
+            guide = self._guide(model, grammar, potentials)
 
         def encode() -> SpanEncoding:
             # Whoever asks first, sampling without gradients perhaps, asks for all.
@@ -323,14 +317,19 @@ class ChartPolicy(NumberedPolicy):
                 return self.encoder(potentials.preterminal, x.lengths)
 
         self.last_condition = ChartCondition(
-            x, model, model_potentials, potentials, grammar, guide, encode
+            x, model, grammar, model_potentials, potentials, guide, encode
         )
         return self.last_condition
 
-    def _guide(self, model: GrammarModel, potentials: ContextPotentials) -> Guide:
+    def _guide(
+        self,
+        model: GrammarModel,
+        grammar: Grammar | AnnotatedGrammar,
+        potentials: ContextPotentials,
+    ) -> Guide:
         if self.guide == "none":
             return unguided(potentials)
-        if not isinstance(model, AnnotatedModel):
+        if not isinstance(model, AnnotatedModel) or isinstance(grammar, Grammar):
             return context_free(potentials)
         if self.guide == "exact":
             return Guide(*model.chart(potentials))
@@ -340,7 +339,7 @@ class ChartPolicy(NumberedPolicy):
             count = 1 if low_rank else min(CLUSTERS, self.nonterminals + 1)
         age = int(self.clustering_age)
         if count > 1 and (age < 0 or (self.training and age >= CLUSTERING)):
-            self.parents.copy_(cluster_parents(model.grammar(), self.usage, count))
+            self.parents.copy_(cluster_parents(grammar, self.usage, count))
             self.clustering_age.zero_()
         return relaxed(potentials, self.usage, self.parents)
 

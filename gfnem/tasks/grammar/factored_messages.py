@@ -44,7 +44,7 @@ def inside_scores(
 ) -> tuple[Float[Tensor, "batch samples nodes"], Float[Tensor, "batch samples"]]:
     """As in `annotated_messages`."""
     levels = Levels.of(trees)
-    return shape_scores(potentials, trees, levels, *upward(potentials, levels))
+    return shape_scores(potentials, trees, levels, upward(potentials, levels))
 
 
 def upward(

@@ -344,8 +344,8 @@ class _LogPartition(torch.autograd.Function):
             left, right = outside.left(width), outside.right(width)
             of_left[: len(score), :, width] = word_left = weights[..., :1] * score
             of_right[width:, :, length - width] = word_right = weights[..., -1:] * score
-            right[:, :, 0] += (word_left[..., None, :] @ chart.left[: len(score)]).squeeze(-2)
-            left[:, :, -1] += (word_right[..., None, :] @ chart.right[width - 1 :]).squeeze(-2)
+            right[:, :, 0] += matrix_vector(chart.left[: len(score)].mT, word_left)
+            left[:, :, -1] += matrix_vector(chart.right[width - 1 :].mT, word_right)
             if width > 3:
                 grad_rules.addmm_(score.flatten(0, 1).t(), chart.pairs(width).flatten(0, 1))
                 pairs = (score @ chart.rules).unflatten(-1, (nonterminals, nonterminals))

@@ -143,6 +143,14 @@ class NodeMessages(NamedTuple):
     def select(self, nodes: slice | Int[Tensor, "nodes"]) -> NodeMessages:
         return NodeMessages(self.message[nodes], self.log_scale[nodes])
 
+    def log_whole(
+        self, levels: Levels, root: Float[Tensor, "nonterminals"]
+    ) -> Float[Tensor, "rows"]:
+        """log-probability of each tree and its words, up to their scales, given p(S -> A)."""
+        # Where rules see the parent, that of a tree's root is S, which comes last.
+        top = self.message[levels.root].reshape(len(levels.root), -1, len(root))[:, -1]
+        return (top @ root).log() + self.log_scale[levels.root]
+
 
 def _word_left(levels: Levels, table: Tensor, chosen: slice) -> Tensor:
     """Entries [A, C] of the nodes whose left child is a word."""
@@ -222,7 +230,7 @@ class _LogJointShape(torch.autograd.Function):
         message, factor, log_scale = _upward(levels, rules, left, right, both)
         ctx.save_for_backward(root, rules, left, right, both, message, factor)
         ctx.levels = levels
-        return (message[levels.root] @ root).log() + log_scale[levels.root]
+        return NodeMessages(message, log_scale).log_whole(levels, root)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):  # pyright: ignore
@@ -249,15 +257,15 @@ class _LogJointShape(torch.autograd.Function):
             out = outside[nodes]
             if kind == WORD_LEFT:
                 table = _word_left(levels, left, nodes)
-                descend(levels.right[nodes], (out[:, None] @ table).squeeze(1))
+                descend(levels.right[nodes], matrix_vector(table.mT, out))
             elif kind == WORD_RIGHT:
                 table = _word_right(levels, right, nodes)
-                descend(levels.left[nodes], (out[:, None] @ table).squeeze(1))
+                descend(levels.left[nodes], matrix_vector(table.mT, out))
             elif kind == INNER:
                 a, b = levels.left[nodes], levels.right[nodes]
                 pair = (out @ flat_rules).unflatten(1, (nonterminals, nonterminals))
                 descend(a, matrix_vector(pair, message[b]))
-                descend(b, (message[a][:, None] @ pair).squeeze(1))
+                descend(b, matrix_vector(pair.mT, message[a]))
 
         share = outside * (weight[levels.row, None] / factor)
         grad_left, grad_right = torch.zeros_like(left), torch.zeros_like(right)
@@ -361,10 +369,10 @@ def inside_scores(
         top = scores.gather(-1, trees.sizes.argmax(-1, keepdim=True)).squeeze(-1)
         return scores, top + root_score(potentials, trees)
     levels = Levels.of(trees)
-    message, log_scale = upward(potentials, levels)
-    nodes = levels.by_gap(message.sum(-1).log() + log_scale, trees)
-    root = (message[levels.root] @ potentials.root).log() + log_scale[levels.root]
-    return nodes + words, root.view(words.shape[:2]) + potentials.total_log_scale[:, None]
+    messages = upward(potentials, levels)
+    nodes = levels.by_gap(messages.message.sum(-1).log() + messages.log_scale, trees)
+    whole = messages.log_whole(levels, potentials.root).view(words.shape[:2])
+    return nodes + words, whole + potentials.total_log_scale[:, None]
 
 
 def scales_under(potentials: MergePotentials, trees: Trees) -> Float[Tensor, "batch samples nodes"]:

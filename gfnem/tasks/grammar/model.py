@@ -81,8 +81,12 @@ class GrammarModel(TractableModel):
         return x, z
 
     @abstractmethod
+    def grammar(self) -> Any:
+        """The rules' log-probabilities, differentiable."""
+
     def potentials(self, x: Sentences) -> Any:
         """The grammar with the words of a batch summed in, differentiable."""
+        return self.grammar().potentials(x.words, x.lengths)
 
     @abstractmethod
     def log_grammar_given(self, potentials: Any, z: Trees) -> Float[Tensor, "batch samples"]:
@@ -119,8 +123,14 @@ class GrammarModel(TractableModel):
         """`log_joint` of the sentences that the potentials were made for."""
         return self.log_grammar_given(potentials, z) + self.log_prior_weight(z)
 
+    def log_joint_under(
+        self, grammar: Any, x: Sentences, z: Trees
+    ) -> Float[Tensor, "batch samples"]:
+        """`log_joint` under the model's grammar where that is at hand."""
+        return self.log_joint_given(grammar.potentials(x.words, x.lengths), z)
+
     def log_joint(self, x: Sentences, z: Trees) -> Float[Tensor, "batch samples"]:
-        return self.log_joint_given(self.potentials(x), z)
+        return self.log_joint_under(self.grammar(), x, z)
 
     @property
     def normalised(self) -> bool:
@@ -140,10 +150,6 @@ class ParsingModel(GrammarModel, PriorModel):
     @abstractmethod
     def grammar(self) -> Grammar:
         """The rules' log-probabilities, differentiable."""
-
-    def potentials(self, x: Sentences) -> Potentials:
-        """The grammar with the words of a batch summed in, differentiable."""
-        return Potentials.of(self.grammar(), x.words, x.lengths)
 
     def log_grammar_given(self, potentials: Potentials, z: Trees) -> Float[Tensor, "batch samples"]:
         if z.labels is None:

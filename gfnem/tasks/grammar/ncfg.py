@@ -50,10 +50,6 @@ class AnnotatedModel(GrammarModel):
     def grammar(self) -> AnnotatedGrammar:
         """The rules' log-probabilities, differentiable."""
 
-    def potentials(self, x: Sentences) -> ContextPotentials:
-        """The grammar with the words of a batch summed in, differentiable."""
-        return self.grammar().potentials(x.words, x.lengths)
-
     @property
     def tractable(self) -> bool:
         most = MOST_NONTERMINALS if self.rank is None else MOST_OF_LOW_RANK
@@ -78,17 +74,13 @@ class AnnotatedModel(GrammarModel):
 
         return Rules(grammar.root.exp(), expand, emit)
 
-    def log_joint(self, x: Sentences, z: Trees) -> Float[Tensor, "batch samples"]:
-        return self.log_joint_under(self.grammar(), x, z)
-
     def log_joint_under(
         self, grammar: AnnotatedGrammar, x: Sentences, z: Trees
     ) -> Float[Tensor, "batch samples"]:
-        """`log_joint` under the model's grammar where that is at hand."""
         if z.labels is not None and isinstance(grammar, DenseGrammar):
             value = annotated_messages.log_joint_by_gathers(grammar, x.words, z)
             return value + self.log_prior_weight(z)
-        return self.log_joint_given(grammar.potentials(x.words, x.lengths), z)
+        return super().log_joint_under(grammar, x, z)
 
     def log_grammar_given(
         self, potentials: ContextPotentials, z: Trees

@@ -40,6 +40,12 @@ class Grammar:
     def preterminals(self) -> int:
         return self.emission.shape[0]
 
+    def potentials(
+        self, words: Int[Tensor, "batch length"], lengths: Int[Tensor, "batch"]
+    ) -> Potentials:
+        """The grammar with the words of a batch summed in, differentiable."""
+        return Potentials.of(self, words, lengths)
+
 
 Same = TypeVar("Same", bound="MergePotentials")
 

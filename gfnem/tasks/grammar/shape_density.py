@@ -22,6 +22,13 @@ from gfnem.tasks.grammar.tree import Trees
 Upward = Callable[[Levels, NodeMessages | None], NodeMessages]
 
 
+class _Kept(NamedTuple):
+    """Trees and the messages of their nodes, by tree and gap."""
+
+    trees: Trees
+    messages: NodeMessages
+
+
 class _Seen(NamedTuple):
     """Trees that were looked at.
 
@@ -44,42 +51,45 @@ class ShapeDensity:
     def __init__(self, potentials: Potentials | ContextPotentials, upward: Upward):
         self.potentials = potentials
         self.upward = upward
-        self._trees: Trees | None = None
-        self._kept: NodeMessages | None = None
+        self._kept: _Kept | None = None
         self._seen: _Seen | None = None
 
     @torch.no_grad()
     def __call__(self, trees: Trees) -> Float[Tensor, "batch samples"]:
-        chosen = None
-        if self._trees is not None:
+        if self._kept is None:
+            levels = Levels.of(trees)
+            messages = self.upward(levels, None)
+            at = _places(levels, trees)
+            # The first trees are taken at once.
+            self._kept = _Kept(trees, NodeMessages(*(_placed(m, at, trees) for m in messages)))
+        else:
             is_root = trees.sizes == trees.lengths[:, None, None] - 1
-            chosen = changed(trees, self._trees) | is_root
-        levels = Levels.of(trees, chosen)
-        at = levels.row * trees.start.shape[-1] + levels.gap
-        known = None if self._kept is None else self._kept.select(at[: levels.known])
-        messages = self.upward(levels, known)
+            levels = Levels.of(trees, changed(trees, self._kept.trees) | is_root)
+            at = _places(levels, trees)
+            messages = self.upward(levels, self._kept.messages.select(at[: levels.known]))
         computed = slice(levels.known, None)
         self._seen = _Seen(trees, levels.row[computed], at[computed], messages.select(computed))
-        if self._kept is None:
-            places = trees.start.numel()
-            self._kept = NodeMessages(
-                messages.message.new_zeros(places, *messages.message.shape[1:]),
-                messages.log_scale.new_zeros(places),
-            )
-            self.take(torch.ones_like(trees.start[..., 0], dtype=torch.bool))
-        # Where rules see the parent, that of a root is S, which comes last.
-        top = messages.message[levels.root].view(len(levels.root), -1, len(self.potentials.root))
-        log_p = (top[:, -1] @ self.potentials.root).log() + messages.log_scale[levels.root]
-        return log_p.view(trees.start.shape[:2]) + self.potentials.total_log_scale[:, None]
+        whole = messages.log_whole(levels, self.potentials.root).view(trees.start.shape[:2])
+        return whole + self.potentials.total_log_scale[:, None]
 
     def take(self, taken: Bool[Tensor, "batch samples"]) -> None:
         """Of the trees of the last call these are what the next ones will be like."""
         assert self._seen is not None and self._kept is not None
-        seen = self._seen
+        seen, kept = self._seen, self._kept
         mine = taken.flatten()[seen.row]
-        for kept, new in zip(self._kept, seen.messages, strict=True):
-            kept[seen.at[mine]] = new[mine]
-        self._trees = seen.trees if self._trees is None else seen.trees.where(taken, self._trees)
+        for old, new in zip(kept.messages, seen.messages, strict=True):
+            old[seen.at[mine]] = new[mine]
+        self._kept = kept._replace(trees=seen.trees.where(taken, kept.trees))
+
+
+def _places(levels: Levels, trees: Trees) -> Int[Tensor, "total"]:
+    """Of each node in a list of all gaps of all trees."""
+    return levels.row * trees.start.shape[-1] + levels.gap
+
+
+def _placed(values: Tensor, at: Int[Tensor, "total"], trees: Trees) -> Tensor:
+    """Values in that list; 0 for no node."""
+    return values.new_zeros(trees.start.numel(), *values.shape[1:]).index_copy_(0, at, values)
 
 
 def changed(trees: Trees, before: Trees) -> Bool[Tensor, "batch samples nodes"]:
