@@ -25,8 +25,8 @@ from gfnem.tasks.grammar.root_flow import RootFlowPolicy
 from tests.posteriors.test_gflownet import SETTINGS, distances, setting, train
 from tests.tasks.discrete_vae import tiny as images
 from tests.tasks.grammar import annotated_oracle, oracle
-from tests.tasks.grammar.test_chart import FixedNCFG, q_of
 from tests.tasks.grammar.test_chart import make_policy as make_chart
+from tests.tasks.grammar.test_chart import ncfg, q_of
 from tests.tasks.grammar.tiny import (
     FixedPCFG,
     count_trees,
@@ -77,7 +77,7 @@ def test_trained_posterior_is_that_of_enumeration_with_symbol_dropout(
 
 def test_trained_posterior_of_a_chart_is_that_of_enumeration():
     x, latent = sentences([4, 3]), "labelled"
-    model: Any = FixedNCFG(latent, seed=4).float()
+    model: Any = ncfg(latent, seed=4).float()
     policy = make_chart(latent, "relaxation")
     posterior = GFlowNetPosterior(policy, samples=32, local_search=SEARCH, replay=6)
     grammar = model.grammar()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from gfn.samplers import Sampler
-from torch import Tensor, nn
+from torch import Tensor
 
 from gfnem import objectives
 from gfnem.em import EM
@@ -16,17 +16,19 @@ from gfnem.posterior import Latents
 from gfnem.posteriors.gflownet import Behaviour, GFlowNetPosterior
 from gfnem.posteriors.refinement import BackAndForth
 from gfnem.tasks.grammar import inside
-from gfnem.tasks.grammar.annotated import AnnotatedPotentials, DenseGrammar
+from gfnem.tasks.grammar.annotated import AnnotatedPotentials
 from gfnem.tasks.grammar.chart import ChartPolicy
 from gfnem.tasks.grammar.data import Sentences, toy_english
-from gfnem.tasks.grammar.factored import LowRankGrammar
-from gfnem.tasks.grammar.ncfg import AnnotatedModel, NeuralNCFG
+from gfnem.tasks.grammar.model import GrammarModel
+from gfnem.tasks.grammar.ncfg import NeuralNCFG
 from gfnem.tasks.grammar.tree import Trees
 from gfnem.tasks.mixture.data import sampled
 from gfnem.tasks.mixture.model import starting_at
 from tests.tasks.grammar import annotated_oracle, oracle
 from tests.tasks.grammar.tiny import (
     LATENTS,
+    FixedLowRankNCFG,
+    FixedNCFG,
     FixedPCFG,
     count_trees,
     float64,  # noqa: F401
@@ -41,45 +43,18 @@ NONTERMINALS = 2
 GUIDES = ("relaxation", "exact", "none")
 
 
-class FixedNCFG(AnnotatedModel):
-    """A grammar whose parameters are the rules' log-probabilities themselves."""
-
-    def __init__(self, latent: Any, seed: int = 0, nonterminals: int = NONTERMINALS):
-        super().__init__()
-        self.nonterminals = nonterminals
-        grammar = annotated_oracle.random_grammar(nonterminals, 3, seed=seed, temperature=0.5)
-        self.root = nn.Parameter(grammar.root)
-        self.binary = nn.Parameter(grammar.binary)
-        self.emission = nn.Parameter(grammar.emission)
-        self.latent = latent
-
-    def grammar(self) -> DenseGrammar:
-        return DenseGrammar(self.root, self.binary, self.emission)
-
-    def sample(self, n, generator=None):
-        raise NotImplementedError("these rules are for given sentences")
+def cfg(latent: Any) -> FixedPCFG:
+    return FixedPCFG(oracle.random_grammar(NONTERMINALS, 3), latent)
 
 
-class FixedLowRankNCFG(FixedNCFG):
-    """The same of rules of low rank."""
+def ncfg(latent: Any, seed: int = 0, nonterminals: int = NONTERMINALS) -> FixedNCFG:
+    grammar = annotated_oracle.random_grammar(nonterminals, 3, seed=seed, temperature=0.5)
+    return FixedNCFG(grammar, latent)
 
-    nonterminals, rank = NONTERMINALS, 3
 
-    def __init__(self, latent: Any, seed: int = 0):
-        AnnotatedModel.__init__(self)
-        grammar = annotated_oracle.random_low_rank_grammar(NONTERMINALS, 3, 3, seed=seed)
-        self.tables = nn.ParameterList(vars(grammar).values())
-        self.latent = latent
-
-    def grammar(self) -> Any:
-        return LowRankGrammar(*self.tables)
-
-    def dense(self) -> FixedNCFG:
-        """The same rules one by one."""
-        model = FixedNCFG(self.latent)
-        with torch.no_grad():
-            model.load_state_dict(vars(annotated_oracle.as_dense(self.grammar())), strict=False)
-        return model
+def low_rank_ncfg(latent: Any, seed: int = 0) -> FixedLowRankNCFG:
+    grammar = annotated_oracle.random_low_rank_grammar(NONTERMINALS, 3, 3, seed=seed)
+    return FixedLowRankNCFG(grammar, latent)
 
 
 def make_policy(latent: Any, guide: Any, noise: float = 0.3, seed: int = 0) -> ChartPolicy:
@@ -100,7 +75,7 @@ def every_labelled(x: Sentences, nonterminals: int = NONTERMINALS) -> Trees:
     return oracle.to_trees([(some * most)[:most] for some in trees], x.lengths)
 
 
-def q_of(policy: ChartPolicy, model: FixedNCFG, x: Sentences) -> list[dict[Any, float]]:
+def q_of(policy: ChartPolicy, model: GrammarModel, x: Sentences) -> list[dict[Any, float]]:
     """P_F of every labelled tree of each sentence."""
     trees = every_labelled(x)
     log_q = policy.log_forward(policy.condition(model, x), trees).tolist()
@@ -116,7 +91,7 @@ def q_of(policy: ChartPolicy, model: FixedNCFG, x: Sentences) -> list[dict[Any, 
 @pytest.mark.parametrize("guide", GUIDES)
 def test_probabilities_of_all_labelled_trees_sum_to_one(guide):
     x = sentences([4, 2, 5, 3])
-    for q in q_of(make_policy("labelled", guide), FixedNCFG("labelled"), x):
+    for q in q_of(make_policy("labelled", guide), ncfg("labelled"), x):
         assert sum(q.values()) == pytest.approx(1)
         assert min(q.values()) > 0
 
@@ -125,7 +100,7 @@ def test_probabilities_of_all_labelled_trees_sum_to_one(guide):
 @pytest.mark.parametrize("low_rank", [False, True])
 @pytest.mark.parametrize("latent", LATENTS)
 def test_an_exact_guide_gives_the_posterior(latent, low_rank, guide):
-    model = FixedLowRankNCFG(latent, seed=1) if low_rank else FixedNCFG(latent, seed=1)
+    model = low_rank_ncfg(latent, seed=1) if low_rank else ncfg(latent, seed=1)
     grammar: Any = model.grammar()
     rules = annotated_oracle.as_dense(grammar) if low_rank else grammar
     policy = ChartPolicy(NONTERMINALS, 3, 8, latent, **guide)
@@ -144,14 +119,13 @@ def test_an_exact_guide_gives_the_posterior(latent, low_rank, guide):
 @pytest.mark.parametrize("guide", GUIDES)
 @pytest.mark.parametrize("latent", LATENTS)
 def test_rules_of_low_rank_are_those_of_the_dense_grammar(latent, guide):
-    model = FixedLowRankNCFG(latent, seed=1)
+    model = low_rank_ncfg(latent, seed=1)
+    dense = FixedNCFG(annotated_oracle.as_dense(model.grammar()), latent)
     policy = make_policy(latent, guide)
     policy.usage += torch.rand_like(policy.usage)
     x = sentences([6, 2, 5, 3])
     trees = model.sample_posterior(x, 8)
-    ours, theirs = (
-        policy.retrace(policy.condition(one, x), trees) for one in (model, model.dense())
-    )
+    ours, theirs = (policy.retrace(policy.condition(one, x), trees) for one in (model, dense))
     if latent == "labelled":
         torch.testing.assert_close(ours.log_forward, theirs.log_forward)
         for one, other in zip(ours.flows(), theirs.flows(), strict=True):
@@ -208,7 +182,7 @@ def test_training_finds_the_posterior(kind, guide, latent, length, steps):
     torch.manual_seed(0)
     x = sentences([length])
     if kind == "ncfg":
-        model, of = FixedNCFG(latent, seed=1, nonterminals=3), annotated_oracle
+        model, of = ncfg(latent, seed=1, nonterminals=3), annotated_oracle
     else:
         model, of = FixedPCFG(oracle.random_grammar(3, 3, seed=2), latent), oracle
     enumerate_trees = of.enumerate_labelled if latent == "labelled" else of.enumerate_shapes
@@ -233,7 +207,7 @@ def test_training_finds_the_posterior(kind, guide, latent, length, steps):
 @pytest.mark.parametrize("name", ["vargrad", "tb", "subtb", "fl_db"])
 @pytest.mark.parametrize("latent", LATENTS)
 def test_with_an_exact_guide_every_balance_holds(latent, name):
-    model = FixedNCFG(latent, seed=2)
+    model = ncfg(latent, seed=2)
     policy = ChartPolicy(NONTERMINALS, 3, 8, latent, "exact")
     posterior = GFlowNetPosterior(policy, getattr(objectives, name), samples=3)
     step = posterior.e_step(model, sentences([5, 5, 3, 2]))
@@ -249,7 +223,7 @@ def test_with_an_exact_guide_every_balance_holds(latent, name):
 
 @pytest.mark.parametrize("guide", GUIDES)
 def test_draws_have_the_probabilities_of_the_policy(guide):
-    model, policy = FixedNCFG("labelled"), make_policy("labelled", guide, noise=0.5).eval()
+    model, policy = ncfg("labelled"), make_policy("labelled", guide, noise=0.5).eval()
     x = sentences([4, 2, 5])
     torch.manual_seed(0)
     z = policy.sample(policy.condition(model, x), 8_000).z
@@ -258,7 +232,7 @@ def test_draws_have_the_probabilities_of_the_policy(guide):
 
 
 def test_tempered_draws_have_tempered_probabilities_of_their_choices():
-    model, policy = FixedNCFG("labelled"), make_policy("labelled", "relaxation").eval()
+    model, policy = ncfg("labelled"), make_policy("labelled", "relaxation").eval()
     x = sentences([3])
     condition = policy.condition(model, x)
     trees = every_labelled(x)
@@ -291,7 +265,7 @@ def test_tempered_draws_have_tempered_probabilities_of_their_choices():
 
 @pytest.mark.parametrize("latent", LATENTS)
 def test_weights_are_unbiased_for_the_likelihood(latent):
-    model, policy = FixedNCFG(latent, seed=3), make_policy(latent, "relaxation")
+    model, policy = ncfg(latent, seed=3), make_policy(latent, "relaxation")
     x = sentences([4, 3])
     trees = every_labelled(x)
     paths = policy.retrace(policy.condition(model, x), trees)
@@ -309,7 +283,7 @@ def test_weights_are_unbiased_for_the_likelihood(latent):
 @pytest.mark.parametrize("guide", GUIDES)
 def test_regrowing_leaves_the_posterior_invariant(latent, guide):
     """Back-and-forth moves of exact draws are exact draws."""
-    model, policy = FixedNCFG(latent, seed=4), make_policy(latent, guide, noise=0.5).eval()
+    model, policy = ncfg(latent, seed=4), make_policy(latent, guide, noise=0.5).eval()
     x = sentences([5])
     torch.manual_seed(0)
     z = model.sample_posterior(x, 6_000)
@@ -326,7 +300,7 @@ def test_regrowing_leaves_the_posterior_invariant(latent, guide):
 
 
 def test_regrown_trees_keep_the_choices_before_they_part():
-    model, policy = FixedNCFG("labelled"), make_policy("labelled", "relaxation")
+    model, policy = ncfg("labelled"), make_policy("labelled", "relaxation")
     x = sentences([6, 4])
     condition = policy.condition(model, x)
     z = policy.sample(condition, 50).z
@@ -344,7 +318,7 @@ def test_regrown_trees_keep_the_choices_before_they_part():
 
 @pytest.mark.parametrize("name", ["vargrad", "subtb"])
 def test_torchgfn_recomputes_the_same_scores(name):
-    model, policy = FixedNCFG("labelled"), make_policy("labelled", "relaxation")
+    model, policy = ncfg("labelled"), make_policy("labelled", "relaxation")
     objective: Any = getattr(objectives, name)(*policy.estimators())
     x = sentences([5, 3, 2])
     condition = policy.condition(model, x)
@@ -358,7 +332,7 @@ def test_torchgfn_recomputes_the_same_scores(name):
 
 
 def test_torchgfn_s_sampler_draws_from_the_policy():
-    model, policy = FixedNCFG("labelled"), make_policy("labelled", "relaxation", noise=0.5)
+    model, policy = ncfg("labelled"), make_policy("labelled", "relaxation", noise=0.5)
     x = sentences([4, 3])
     condition = policy.condition(model, x)
     trees = every_labelled(x)
@@ -378,7 +352,7 @@ def test_torchgfn_s_sampler_draws_from_the_policy():
 
 
 def test_clusters_of_parents_with_equal_rules_give_the_posterior():
-    model = FixedNCFG("labelled", seed=1, nonterminals=3)
+    model = ncfg("labelled", seed=1, nonterminals=3)
     with torch.no_grad():
         model.binary[2], model.binary[3] = model.binary[0], model.binary[1]
     policy, x = ChartPolicy(3, 3, 8, "labelled", clusters=2), sentences([6, 2, 5, 3, 4])
@@ -397,7 +371,7 @@ def test_clusters_of_parents_with_equal_rules_give_the_posterior():
 
 
 def test_more_clusters_come_closer_to_the_posterior():
-    model, x = FixedNCFG("labelled", seed=3, nonterminals=5), sentences([6, 7, 8])
+    model, x = ncfg("labelled", seed=3, nonterminals=5), sentences([6, 7, 8])
     log_likelihood = model.log_likelihood(x)
     assert log_likelihood is not None
     gaps = []
@@ -410,7 +384,7 @@ def test_more_clusters_come_closer_to_the_posterior():
 
 
 def test_parents_are_clustered_anew_while_training():
-    model, x = FixedNCFG("labelled", seed=1, nonterminals=3), sentences([4, 3])
+    model, x = ncfg("labelled", seed=1, nonterminals=3), sentences([4, 3])
     policy = ChartPolicy(3, 3, 8, "labelled", clusters=2)
     policy.sample(policy.condition(model, x), 1)
     before = policy.parents.tolist()
@@ -429,7 +403,7 @@ def test_parents_are_clustered_anew_while_training():
 
 
 def test_parents_are_counted():
-    model, x = FixedNCFG("labelled"), sentences([2, 2])
+    model, x = ncfg("labelled"), sentences([2, 2])
     policy = ChartPolicy(NONTERMINALS, 3, 8, "labelled")
     z = policy.sample(policy.condition(model, x), 5).z
     assert z.labels is not None
@@ -443,7 +417,7 @@ def test_parents_are_counted():
 
 
 def test_the_relaxation_averages_rules_over_the_parents_counted():
-    model, x = FixedNCFG("labelled", seed=5), sentences([6, 4])
+    model, x = ncfg("labelled", seed=5), sentences([6, 4])
     policy = ChartPolicy(NONTERMINALS, 3, 8, "labelled", clusters=1)
     policy.usage[:] = torch.tensor([[1e9, 0, 0], [0, 1e9, 0]])
     condition = policy.condition(model, x)
@@ -514,7 +488,7 @@ def test_options_that_make_no_policy(options, message):
         ChartPolicy(2, 3, 8, **options)
 
 
-@pytest.mark.parametrize("make", [FixedNCFG, FixedLowRankNCFG])
+@pytest.mark.parametrize("make", [cfg, ncfg, low_rank_ncfg])
 @pytest.mark.parametrize("latent", LATENTS)
 def test_m_steps_take_the_log_joint_of_the_e_step(latent: Any, make: Any):
     model, policy = make(latent), make_policy(latent, "relaxation")

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from gfnem.tasks.grammar.ncfg import AnnotatedModel
 from gfnem.tasks.grammar.potentials import Grammar
 from gfnem.tasks.grammar.shape_density import changed
 from gfnem.tasks.grammar.tree import Trees
 from tests.tasks.grammar import annotated_oracle, oracle
 from tests.tasks.grammar.tiny import (
+    FixedLowRankNCFG,
     FixedNCFG,
     FixedPCFG,
     float64,  # noqa: F401
@@ -23,22 +23,10 @@ pytestmark = pytest.mark.usefixtures("float64")
 LENGTHS = [7, 5, 2, 3]
 
 
-class FixedLowRankNCFG(AnnotatedModel):
-    """A grammar of low rank that does not learn."""
-
-    nonterminals, rank = 3, 2
-
-    def grammar(self) -> Any:
-        return annotated_oracle.random_low_rank_grammar(3, 3, 2)
-
-    def sample(self, n, generator=None):
-        raise NotImplementedError("these rules are for given sentences")
-
-
 MODELS = {
     "cfg": lambda: FixedPCFG(oracle.random_grammar(3, 3)),
     "ncfg": lambda: FixedNCFG(annotated_oracle.random_grammar(3, 3)),
-    "low rank": FixedLowRankNCFG,
+    "low rank": lambda: FixedLowRankNCFG(annotated_oracle.random_low_rank_grammar(3, 3, 2)),
 }
 
 

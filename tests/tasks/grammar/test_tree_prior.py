@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from gfn.utils.prob_calculations import get_trajectory_pfs_and_pbs
-from torch import nn
 
 from gfnem.em import EM
 from gfnem.errors import UserError
@@ -18,11 +17,10 @@ from gfnem.posteriors.exact import ExactPosterior
 from gfnem.posteriors.gflownet import GFlowNetPosterior
 from gfnem.posteriors.importance import ImportancePosterior
 from gfnem.posteriors.mcmc import MCMC
-from gfnem.tasks.grammar.annotated import DenseGrammar
 from gfnem.tasks.grammar.chart import ChartPolicy
 from gfnem.tasks.grammar.model import GrammarModel, NeuralPCFG
 from gfnem.tasks.grammar.moves import Rotations
-from gfnem.tasks.grammar.ncfg import AnnotatedModel, NeuralNCFG
+from gfnem.tasks.grammar.ncfg import NeuralNCFG
 from gfnem.tasks.grammar.potentials import Grammar
 from gfnem.tasks.grammar.root_flow import RootFlowPolicy
 from gfnem.tasks.grammar.tree import Trees
@@ -38,6 +36,7 @@ from tests.tasks.grammar import annotated_oracle, oracle
 from tests.tasks.grammar.tiny import (
     LATENTS,
     POLICIES,
+    FixedNCFG,
     FixedPCFG,
     count_trees,
     every_shape,
@@ -95,19 +94,6 @@ def noisy_network() -> RecursiveNetwork:
         for parameter in network.parameters():
             parameter += torch.randn_like(parameter)
     return network
-
-
-class FixedNCFG(AnnotatedModel):
-    nonterminals = 2
-
-    def __init__(self, latent: Any, tree_prior: TreePrior):
-        super().__init__(latent, tree_prior=tree_prior)
-        grammar = annotated_oracle.random_grammar(2, 3, temperature=0.5)
-        self.root = nn.Parameter(grammar.root)
-        self.fixed = grammar
-
-    def grammar(self) -> DenseGrammar:
-        return DenseGrammar(self.root, self.fixed.binary, self.fixed.emission)
 
 
 @pytest.mark.parametrize(
@@ -291,7 +277,8 @@ def test_every_policy_is_rewarded_with_the_weighted_log_joint(kind, latent, back
     model: GrammarModel
     policy: Any
     if kind == "chart":
-        model = FixedNCFG(latent, TreePrior(RightBranching(), strength=1.5))
+        grammar = annotated_oracle.random_grammar(2, 3, temperature=0.5)
+        model = FixedNCFG(grammar, latent, TreePrior(RightBranching(), strength=1.5))
         policy = ChartPolicy(2, 3, 8, latent, clusters=1, width=8)
     else:
         model = FixedPCFG(GRAMMAR, latent)

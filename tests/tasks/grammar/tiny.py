@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from gfnem.tasks.grammar.annotated import DenseGrammar
 from gfnem.tasks.grammar.data import Sentences
 from gfnem.tasks.grammar.env import ForestEnv
+from gfnem.tasks.grammar.factored import LowRankGrammar
 from gfnem.tasks.grammar.light import LightPolicy
 from gfnem.tasks.grammar.model import ParsingModel
 from gfnem.tasks.grammar.ncfg import AnnotatedModel
@@ -25,6 +26,7 @@ from gfnem.tasks.grammar.potentials import Grammar
 from gfnem.tasks.grammar.root_flow import RootFlowPolicy
 from gfnem.tasks.grammar.transformer import TransformerPolicy
 from gfnem.tasks.grammar.tree import Trees
+from gfnem.tasks.grammar.tree_prior import TreePrior
 from tests.tasks.grammar import oracle
 
 # Spans of a tree, with or without labels.
@@ -72,8 +74,13 @@ class FixedPCFG(ParsingModel):
 class FixedNCFG(AnnotatedModel):
     """A grammar that sees the parent, whose parameters are the rules' log-probabilities."""
 
-    def __init__(self, grammar: DenseGrammar, latent: Latent = "shape"):
-        super().__init__(latent)
+    def __init__(
+        self,
+        grammar: DenseGrammar,
+        latent: Latent = "shape",
+        tree_prior: TreePrior | None = None,
+    ):
+        super().__init__(latent, tree_prior=tree_prior)
         dtype = torch.get_default_dtype()
         self.nonterminals = grammar.nonterminals
         self.root = nn.Parameter(grammar.root.to(dtype))
@@ -82,6 +89,21 @@ class FixedNCFG(AnnotatedModel):
 
     def grammar(self) -> DenseGrammar:
         return DenseGrammar(self.root, self.binary, self.emission)
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Any, Any]:
+        raise NotImplementedError("these rules are for given sentences")
+
+
+class FixedLowRankNCFG(AnnotatedModel):
+    """The same of rules of low rank."""
+
+    def __init__(self, grammar: LowRankGrammar, latent: Latent = "shape"):
+        super().__init__(latent)
+        self.nonterminals, self.rank = grammar.nonterminals, len(grammar.left)
+        self.tables = nn.ParameterList(vars(grammar).values())
+
+    def grammar(self) -> LowRankGrammar:
+        return LowRankGrammar(*self.tables)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Any, Any]:
         raise NotImplementedError("these rules are for given sentences")
