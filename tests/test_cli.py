@@ -242,7 +242,12 @@ class TestImages:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        options = [*tiny_images, "warm_start=vq", "warm_start.steps=1"]
+        options = [
+            *tiny_images,
+            "warm_start=vq",
+            "warm_start.steps=1",
+            "schedule.warmup_e_steps=2",
+        ]
         monkeypatch.setattr(DiscreteVAEEvaluator, "report", lambda *arguments: None)
         assert main([*options, "run_dir=whole"]) == 0
         stopped = interrupt(options, monkeypatch)

@@ -47,9 +47,9 @@ SEARCH = BackAndForth(steps=1, depth=3)
 @pytest.mark.parametrize(
     "latent, steps, tools",
     [
-        ("shape", 100, {"local_search": SEARCH}),
-        ("shape", 100, {"objective": subtb, "flow_lr": 0.1, "replay": 6}),
-        ("labelled", 150, {"local_search": SEARCH, "replay": 6}),
+        ("shape", 80, {"local_search": SEARCH}),
+        ("shape", 130, {"objective": subtb, "flow_lr": 0.1, "replay": 6}),
+        ("labelled", 120, {"local_search": SEARCH, "replay": 6}),
     ],
 )
 def test_trained_posterior_is_that_of_enumeration(latent: Any, steps: int, tools: dict[str, Any]):
@@ -71,7 +71,7 @@ def test_trained_posterior_is_that_of_enumeration_with_symbol_dropout(
     )
     posterior = GFlowNetPosterior(policy, samples=32)
     assert min(distances(model, posterior.eval(), x, latent)) > 0.1
-    train(model, posterior.train(), x)
+    train(model, posterior.train(), x, steps=150)
     assert max(distances(model, posterior.eval(), x, latent)) < 0.05
 
 
@@ -93,7 +93,7 @@ def test_trained_posterior_of_a_chart_is_that_of_enumeration():
 
     assert distance() > 0.1
     # On its own draws alone it loses trees, and is at 0.3 then.
-    train(model, posterior, x, steps=300)
+    train(model, posterior, x, steps=200)
     assert distance() < 0.05
 
 

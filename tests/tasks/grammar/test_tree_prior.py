@@ -341,9 +341,9 @@ def test_a_trained_gflownet_has_the_weighted_posterior(kind):
     torch.manual_seed(0)
     model, x = FixedPCFG(oracle.random_grammar(3, 3)), sentences([6, 5, 4, 6])
     model.tree_prior = TreePrior(ENERGIES[kind]())
-    posterior = GFlowNetPosterior(RootFlowPolicy(3, 3, 6, width=32), vargrad, samples=8)
-    optimizer = partial(torch.optim.Adam, lr=2e-2)
-    EM(model, posterior, Batch(x), 0, max_e_steps=150, posterior_optimizer=optimizer).fit()
+    posterior = GFlowNetPosterior(RootFlowPolicy(3, 3, 6, width=32), vargrad, samples=32)
+    optimizer = partial(torch.optim.Adam, lr=4e-2)
+    EM(model, posterior, Batch(x), 0, max_e_steps=70, posterior_optimizer=optimizer).fit()
     posterior.eval()
     table = posterior.tabulate(model, x)
     assert table is not None

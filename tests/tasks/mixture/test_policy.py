@@ -271,16 +271,16 @@ def test_objectives_are_zero_at_the_exact_posterior(objective):
 
 
 ALL_OBJECTIVES: dict[str, tuple[Objective, int]] = {
-    "vargrad": (vargrad, 400),
-    "tb": (tb, 700),
-    "subtb": (subtb, 700),
-    "db": (db, 700),
-    "fl_db": (fl_db, 700),
+    "vargrad": (vargrad, 250),
+    "tb": (tb, 350),
+    "subtb": (subtb, 400),
+    "db": (db, 400),
+    "fl_db": (fl_db, 450),
     "reverse_kl": (reverse_kl, 600),
-    "forward_kl": (forward_kl, 600),
+    "forward_kl": (forward_kl, 400),
     "sleep": (sleep, 800),
-    "wake_sleep": (WAKE_SLEEP, 600),
-    "tb_sleep": (TB_SLEEP, 600),
+    "wake_sleep": (WAKE_SLEEP, 400),
+    "tb_sleep": (TB_SLEEP, 300),
 }
 ON_POLICY_ALONE = ("reverse_kl", "forward_kl", "wake_sleep")
 
