@@ -54,7 +54,9 @@ def test_command_lines(readme: str, results: str) -> None:
         if arguments[0] in verbs or arguments[0].startswith("resume="):
             continue
         if arguments[0] == "--multirun":
-            assert len(sweep(arguments[1:])) > 1
+            # Of many seeds two say it all.
+            fewer = [re.sub(r"^seed=(\d,\d),.*", r"seed=\1", o) for o in arguments[1:]]
+            assert len(sweep(fewer)) > 1
         else:
             resolve(compose(arguments))
 
