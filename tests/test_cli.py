@@ -10,6 +10,8 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ import gfnem
 from gfnem.cli import main
 from gfnem.em import EM
 from gfnem.tasks.discrete_vae.evaluate import DiscreteVAEEvaluator
+from gfnem.tasks.grammar import data
 from gfnem.tasks.grammar.evaluate import GrammarEvaluator
 from gfnem.tasks.mixture.evaluate import MixtureEvaluator
 
@@ -30,6 +33,14 @@ GFLOWNET = ["schedule.warmup_e_steps=2", "policy.width=8"]
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def toy_sentences_are_made_once() -> Iterator[None]:
+    """Mistakes are made with the default data, the same each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "sample_trees", cache(data.sample_trees))
+        yield
 
 
 @pytest.fixture(scope="module")

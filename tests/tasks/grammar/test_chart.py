@@ -173,7 +173,7 @@ def total_variation(
     [
         ("ncfg", "relaxation", "shape", 5, 80, 0.02),
         ("ncfg", "relaxation", "labelled", 5, 120, 0.015),
-        ("ncfg", "none", "shape", 4, 200, 0.015),
+        ("ncfg", "none", "shape", 4, 300, 0.01),
         ("pcfg", "none", "shape", 4, 60, 0.03),
         ("pcfg", "none", "labelled", 4, 60, 0.03),
     ],
