@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from gfnem.tasks.grammar import data
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,13 +38,38 @@ def root() -> Path:
     return Path(__file__).parents[1]
 
 
+def data_folder(root: Path) -> Path:
+    """Where real data may be."""
+    return Path(os.environ.get("GFNEM_DATA", root.parent / "shared" / "data")).resolve()
+
+
 @pytest.fixture(scope="session")
 def real_data(root: Path) -> Path:
     """The folder with real data; the test is skipped where there is none."""
-    folder = Path(os.environ.get("GFNEM_DATA", root.parent / "shared" / "data")).resolve()
+    folder = data_folder(root)
     if not folder.is_dir():
         pytest.skip(f"no real data in {folder}: set GFNEM_DATA to its folder")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def real_trees_are_parsed_once(root: Path) -> Iterator[None]:
+    """Treebanks take seconds each time."""
+    folder = str(data_folder(root))
+    parsed: dict[tuple[str, bool], Any] = {}
+    read_trees = data.read_trees
+
+    def once(file: Any, keep_currency: bool = True) -> Any:
+        if not str(file).startswith(folder):
+            return read_trees(file, keep_currency)
+        key = str(file), keep_currency
+        if key not in parsed:
+            parsed[key] = read_trees(file, keep_currency)
+        return parsed[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "read_trees", once)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -43,12 +43,12 @@ def toy_sentences_are_made_once() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tiny(tiny_data: list[str], tiny_run: list[str]) -> list[str]:
     return [*tiny_data, *tiny_run, *GFLOWNET]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trained(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run."""
     path = tmp_path_factory.mktemp("trained") / "run"

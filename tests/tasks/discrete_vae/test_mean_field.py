@@ -40,7 +40,7 @@ def bound(model: DiscreteVAE, posterior: MeanField, x: Images) -> Tensor:
     return (log_q.exp() * (log_joint_table(model, x) - log_q)).sum(-1).mean()
 
 
-@pytest.mark.parametrize("samples, steps", [(2, 1_500), (6, 600)])
+@pytest.mark.parametrize("samples, steps", [(2, 1_000), (6, 400)])
 def test_score_function_gradient_is_that_of_the_bound(samples, steps):
     """Its mean, within its standard error, for every parameter."""
     model, posterior, x = setting(samples=samples)
