@@ -329,8 +329,9 @@ class ChartPolicy(NumberedPolicy):
     ) -> Guide:
         if self.guide == "none":
             return unguided(potentials)
-        if not isinstance(model, AnnotatedModel) or isinstance(grammar, Grammar):
+        if isinstance(grammar, Grammar):
             return context_free(potentials)
+        assert isinstance(model, AnnotatedModel)
         if self.guide == "exact":
             return Guide(*model.chart(potentials))
         count = self.clusters

@@ -121,13 +121,17 @@ class Levels:
         labels[self.row, self.gap] = label
         return replace(trees, labels=labels.view_as(trees.start))
 
+    def places(self, trees: Trees) -> Int[Tensor, "total"]:
+        """Of each node in one list of all gaps of these trees."""
+        return self.row * trees.start.shape[-1] + self.gap
+
     def by_gap(
-        self, values: Float[Tensor, "total"], trees: Trees
-    ) -> Float[Tensor, "batch samples nodes"]:
+        self, values: Float[Tensor, "total *any"], trees: Trees
+    ) -> Float[Tensor, "batch samples nodes *any"]:
         """Values of the nodes of these trees where their gaps are; 0 for no node."""
-        flat = values.new_zeros(trees.start.numel())
-        flat[self.row * trees.start.shape[-1] + self.gap] = values
-        return flat.view_as(trees.start)
+        flat = values.new_zeros(trees.start.numel(), *values.shape[1:])
+        flat[self.places(trees)] = values
+        return flat.view(*trees.start.shape, *values.shape[1:])
 
 
 class NodeMessages(NamedTuple):

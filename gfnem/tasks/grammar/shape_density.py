@@ -59,13 +59,15 @@ class ShapeDensity:
         if self._kept is None:
             levels = Levels.of(trees)
             messages = self.upward(levels, None)
-            at = _places(levels, trees)
+            at = levels.places(trees)
             # The first trees are taken at once.
-            self._kept = _Kept(trees, NodeMessages(*(_placed(m, at, trees) for m in messages)))
+            self._kept = _Kept(
+                trees, NodeMessages(*(levels.by_gap(m, trees).flatten(0, 2) for m in messages))
+            )
         else:
             is_root = trees.sizes == trees.lengths[:, None, None] - 1
             levels = Levels.of(trees, changed(trees, self._kept.trees) | is_root)
-            at = _places(levels, trees)
+            at = levels.places(trees)
             messages = self.upward(levels, self._kept.messages.select(at[: levels.known]))
         computed = slice(levels.known, None)
         self._seen = _Seen(trees, levels.row[computed], at[computed], messages.select(computed))
@@ -80,16 +82,6 @@ class ShapeDensity:
         for old, new in zip(kept.messages, seen.messages, strict=True):
             old[seen.at[mine]] = new[mine]
         self._kept = kept._replace(trees=seen.trees.where(taken, kept.trees))
-
-
-def _places(levels: Levels, trees: Trees) -> Int[Tensor, "total"]:
-    """Of each node in a list of all gaps of all trees."""
-    return levels.row * trees.start.shape[-1] + levels.gap
-
-
-def _placed(values: Tensor, at: Int[Tensor, "total"], trees: Trees) -> Tensor:
-    """Values in that list; 0 for no node."""
-    return values.new_zeros(trees.start.numel(), *values.shape[1:]).index_copy_(0, at, values)
 
 
 def changed(trees: Trees, before: Trees) -> Bool[Tensor, "batch samples nodes"]:

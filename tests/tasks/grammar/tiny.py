@@ -52,7 +52,14 @@ def float64():
     torch.set_default_dtype(torch.float32)
 
 
-class FixedPCFG(ParsingModel):
+class OfGivenSentences:
+    """What draws a sentence from these grammars is mistaken."""
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Any, Any]:
+        raise NotImplementedError("these rules are for given sentences")
+
+
+class FixedPCFG(OfGivenSentences, ParsingModel):
     """A PCFG whose parameters are the rules' log-probabilities themselves."""
 
     def __init__(self, grammar: Grammar, latent: Latent = "shape"):
@@ -67,11 +74,8 @@ class FixedPCFG(ParsingModel):
     def grammar(self) -> Grammar:
         return Grammar(self.root, self.binary, self.emission)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Any, Any]:
-        raise NotImplementedError("these rules are for given sentences")
 
-
-class FixedNCFG(AnnotatedModel):
+class FixedNCFG(OfGivenSentences, AnnotatedModel):
     """A grammar that sees the parent, whose parameters are the rules' log-probabilities."""
 
     def __init__(
@@ -90,11 +94,8 @@ class FixedNCFG(AnnotatedModel):
     def grammar(self) -> DenseGrammar:
         return DenseGrammar(self.root, self.binary, self.emission)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Any, Any]:
-        raise NotImplementedError("these rules are for given sentences")
 
-
-class FixedLowRankNCFG(AnnotatedModel):
+class FixedLowRankNCFG(OfGivenSentences, AnnotatedModel):
     """The same of rules of low rank."""
 
     def __init__(self, grammar: LowRankGrammar, latent: Latent = "shape"):
@@ -104,9 +105,6 @@ class FixedLowRankNCFG(AnnotatedModel):
 
     def grammar(self) -> LowRankGrammar:
         return LowRankGrammar(*self.tables)
-
-    def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Any, Any]:
-        raise NotImplementedError("these rules are for given sentences")
 
 
 def sentences(lengths: Sequence[int], vocabulary: int = VOCABULARY, seed: int = 0) -> Sentences:
