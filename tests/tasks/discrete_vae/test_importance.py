@@ -101,7 +101,7 @@ def many_images(model, power: float):
 
 
 # Within fine steps of a coarse one, on either side of 1, and 1 itself.
-@pytest.mark.parametrize("best", [2**-3.5, 1.0, 2**1.5, 16.0])
+@pytest.mark.parametrize("best", [2**-3.5, 0.5, 1.0, 2**1.5, 16.0, 2**5.5])
 def test_the_temperature_that_makes_the_proposal_exact_is_found(best):
     model = make_model(noise=0.5)
     policy, x = many_images(model, best)

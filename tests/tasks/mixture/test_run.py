@@ -39,11 +39,13 @@ def test_train_resume_and_evaluate(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Figures take longer than all else.
-    monkeypatch.setattr(MixtureEvaluator, "report", lambda *arguments: None)
     sizes = [f"data.{split}_points=60" for split in ("train", "valid", "test")]
     given = [*tiny_mixture, *sizes, *posterior]
     assert main([*given, "run_dir=whole"]) == 0
+    plots = {path.stem for path in Path("whole", "plots").iterdir()}
+    assert plots == {"learning_curves", "assignments", "means"}
+    # Figures take longer than all else.
+    monkeypatch.setattr(MixtureEvaluator, "report", lambda *arguments: None)
     assert main([*given, "em.m_steps=2", "run_dir=half"]) == 0
     assert main(["resume=half", "em.m_steps=4"]) == 0
     rated = [line for line in lines("whole") if "valid/nll" in line]
