@@ -8,8 +8,7 @@ from gfnem.tasks.discrete_vae.greedy import GreedyDecoding
 from tests.tasks.discrete_vae.tiny import (
     float64,  # noqa: F401
     images,
-    log_prior,
-    log_reconstruction,
+    log_joint,
     make_model,
     make_policy,
 )
@@ -31,7 +30,7 @@ def test_decoder_sees_the_most_likely_codes_and_the_prior_a_draw(logits):
     assert refined.z.decoded is not None and torch.equal(refined.z.decoded, greedy)
     assert not torch.equal(refined.z.index, greedy)
     expected = [
-        log_prior(model, drawn) + log_reconstruction(model, pixels, grid)
+        log_joint(model, pixels, drawn, grid)
         for pixels, drawn, grid in zip(x.pixels, latents.z.index[:, 0], greedy[:, 0], strict=True)
     ]
     value = posterior.expected_log_joint(model, x, latents)

@@ -20,9 +20,9 @@ from tests.tasks.discrete_vae.tiny import (
     counts,
     float64,  # noqa: F401
     images,
+    log_joint,
     log_joint_table,
     log_prior,
-    log_reconstruction,
     make_model,
     p_value,
     posteriors,
@@ -48,7 +48,7 @@ def close(found: Tensor, expected: Any) -> None:
 
 def joint_by_loop(model: DiscreteVAE, x: Images, index: Tensor) -> list[list[float]]:
     return [
-        [log_prior(model, grid) + log_reconstruction(model, pixels, grid) for grid in grids]
+        [log_joint(model, pixels, grid) for grid in grids]
         for pixels, grids in zip(x.pixels, index, strict=True)
     ]
 
@@ -111,7 +111,7 @@ def test_decoder_and_prior_may_be_given_different_grids():
     found = model.log_joint(x, Codes(prior, decoded=decoder))
     expected = torch.tensor(
         [
-            [log_prior(model, a) + log_reconstruction(model, pixels, b) for a, b in zip(p, d)]  # noqa: B905
+            [log_joint(model, pixels, a, b) for a, b in zip(p, d, strict=True)]
             for pixels, p, d in zip(x.pixels, prior, decoder, strict=True)
         ]
     )

@@ -104,26 +104,32 @@ def counts(index: Tensor) -> Counter[tuple[int, ...]]:
     return Counter(map(tuple, index.tolist()))
 
 
-def log_reconstruction(model: DiscreteVAE, pixels: Tensor, grid: Tensor) -> float:
-    """log p(x | z) of one image and one grid, by SciPy from the decoder's output."""
+def log_reconstruction(model: DiscreteVAE, pixels: Tensor, grid: Tensor) -> Tensor:
+    """log p(x | z) of one grid and any images [*images], by SciPy from the decoder's output.
+
+    pixels: [*images, channels, height, width].
+    """
     height, width = model.grid
     embedded = model.codebook.weight[grid].t().reshape(1, -1, height, width)
     output = model.decoder(embedded)[0].detach()
     if model.pixels == "binary":
-        return float(stats.bernoulli(output.sigmoid().numpy()).logpmf(pixels.numpy()).sum())  # type: ignore[attr-defined]
-    channels = len(pixels)
+        log_p = stats.bernoulli.logpmf(pixels.numpy(), output.sigmoid().numpy())
+        return torch.as_tensor(log_p.sum((-3, -2, -1)))
+    channels = pixels.shape[-3]
     mean, log_scale = output[:channels] + 0.5, (output[channels:] - 2).clamp(min=-7)
-    logistic = stats.logistic(mean.numpy(), log_scale.exp().numpy())
+    place = {"loc": mean.numpy(), "scale": log_scale.exp().numpy()}
     level = (pixels * 255).round().numpy()
     low, high = (level - 0.5) / 255, (level + 0.5) / 255
+    log_below_low, log_below_high = (stats.logistic.logcdf(end, **place) for end in (low, high))
+    log_above_low, log_above_high = (stats.logistic.logsf(end, **place) for end in (low, high))
     # A difference of whichever tails are the smaller loses no digits.
-    left = high < logistic.mean()
-    large = np.where(left, logistic.logcdf(high), logistic.logsf(low))
-    small = np.where(left, logistic.logcdf(low), logistic.logsf(high))
+    left = high < place["loc"]
+    large = np.where(left, log_below_high, log_above_low)
+    small = np.where(left, log_below_low, log_above_high)
     log_p = large + np.log(-np.expm1(small - large))
-    log_p = np.where(level == 0, logistic.logcdf(high), log_p)
-    log_p = np.where(level == 255, logistic.logsf(low), log_p)
-    return float(log_p.sum())
+    log_p = np.where(level == 0, log_below_high, log_p)
+    log_p = np.where(level == 255, log_above_low, log_p)
+    return torch.as_tensor(log_p.sum((-3, -2, -1)))
 
 
 @torch.no_grad()
@@ -137,14 +143,19 @@ def log_prior(model: DiscreteVAE, grid: Tensor) -> float:
     return total
 
 
+def log_joint(
+    model: DiscreteVAE, pixels: Tensor, grid: Tensor, decoded: Tensor | None = None
+) -> float:
+    """log p(x, z) of one image and one grid; the decoder may be given another one."""
+    seen = grid if decoded is None else decoded
+    return log_prior(model, grid) + float(log_reconstruction(model, pixels, seen))
+
+
 def log_joint_table(model: DiscreteVAE, x: Images) -> Tensor:
-    """log p(x, z) of every image and every grid in the order of `all_grids`, one by one."""
+    """log p(x, z) of every image and every grid in the order of `all_grids`, grid by grid."""
     grids = all_grids(model.positions, model.codes)
-    rows = [
-        [log_prior(model, grid) + log_reconstruction(model, pixels, grid) for grid in grids]
-        for pixels in x.pixels
-    ]
-    return torch.tensor(rows)
+    columns = [log_prior(model, grid) + log_reconstruction(model, x.pixels, grid) for grid in grids]
+    return torch.stack(columns, -1).to(torch.get_default_dtype())
 
 
 def posteriors(model: DiscreteVAE, x: Images) -> list[dict[tuple[int, ...], float]]:

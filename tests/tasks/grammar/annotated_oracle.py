@@ -88,15 +88,11 @@ class Rules:
             return [(nonterminals + t, [i]) for t in range(len(self.emission[0]))]
 
         label = {(i, j): a for i, j, a in tree}
-        for i, j, a in tree:
+        for i, k, j in oracle.splits(frozenset(label)):
+            a = label[i, j]
             around = [span for span in label if span[0] <= i and j <= span[1] and span != (i, j)]
             parent = min(around, key=lambda span: span[1] - span[0], default=None)
             context = nonterminals if parent is None else label[parent]
-            (k,) = (
-                k
-                for k in range(i + 1, j)
-                if (k - i == 1 or (i, k) in label) and (j - k == 1 or (k, j) in label)
-            )
             ways = []
             for b, on_left in below(i, k):
                 for c, on_right in below(k, j):

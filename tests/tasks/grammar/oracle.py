@@ -9,6 +9,7 @@ words and three nonterminals have 10206 labelled trees.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import product
 from math import exp, inf, log
 
@@ -88,6 +89,20 @@ def shape_of(tree: LabelledTree) -> Shape:
     return frozenset((i, j) for i, j, _ in tree)
 
 
+@cache
+def splits(shape: Shape) -> list[tuple[int, int, int]]:
+    """Each span's start i, split k and end j: what is no word on either side is a span too."""
+    found = []
+    for i, j in shape:
+        (k,) = (
+            k
+            for k in range(i + 1, j)
+            if (k - i == 1 or (i, k) in shape) and (j - k == 1 or (k, j) in shape)
+        )
+        found.append((i, k, j))
+    return found
+
+
 class Rules:
     """A grammar's probabilities as nested lists: root[A], binary[A][B][C], emission[T][w]."""
 
@@ -113,18 +128,14 @@ class Rules:
         The probability is of A -> B C and of the emissions where B or C is a preterminal.
         """
         labels = {(i, j): a for i, j, a in tree}
-        for i, j, a in tree:
-            (k,) = (
-                k
-                for k in range(i + 1, j)
-                if (k - i == 1 or (i, k) in labels) and (j - k == 1 or (k, j) in labels)
-            )
+        for i, k, j in splits(frozenset(labels)):
+            rules = self.binary[labels[i, j]]
             yield (
                 i,
                 k,
                 j,
                 [
-                    (b, c, self.binary[a][b][c] * emission_b * emission_c)
+                    (b, c, rules[b][c] * emission_b * emission_c)
                     for b, emission_b in self.child(words, labels, i, k)
                     for c, emission_c in self.child(words, labels, k, j)
                 ],
@@ -227,16 +238,9 @@ def to_trees(batch: Sequence[Sequence[Shape | LabelledTree]], lengths: Tensor) -
     labels = torch.full(shape, -1)
     for index, trees in enumerate(batch):
         for number, tree in enumerate(trees):
-            spans = {node[:2] for node in tree}
-            for i, j, *label in tree:
-                # The split: whatever is not a word on either side is a span of the tree.
-                (k,) = (
-                    k
-                    for k in range(i + 1, j)
-                    if (k - i == 1 or (i, k) in spans) and (j - k == 1 or (k, j) in spans)
-                )
+            label = {node[:2]: node[2] for node in tree if len(node) == 3}
+            for i, k, j in splits(frozenset(node[:2] for node in tree)):
                 start[index, number, k - 1], end[index, number, k - 1] = i, j
-                if label:
-                    labels[index, number, k - 1] = label[0]
+                labels[index, number, k - 1] = label.get((i, j), -1)
     labelled = any(len(node) == 3 for node in batch[0][0])
     return Trees(start, end, lengths, labels if labelled else None)

@@ -64,12 +64,7 @@ def by_hand(kind: str, shape: oracle.Shape, length: int) -> float:
         words = range(length)
         return max(sum(i <= word < j for i, j in shape) for word in words)
     total = 0.0
-    for i, j in shape:
-        k = next(
-            k
-            for k in range(i + 1, j)
-            if (k - i == 1 or (i, k) in shape) and (j - k == 1 or (k, j) in shape)
-        )
+    for i, k, j in oracle.splits(shape):
         if kind == "right_branching":
             total += k - i > 1
         else:
