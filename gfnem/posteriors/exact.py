@@ -35,6 +35,14 @@ class TractableModel(LatentVariableModel, ABC):
     def sample_posterior(self, x: Any, samples: int) -> Any:
         """Latents z drawn from p(z | x)."""
 
+    def weighted_posterior(self, x: Any, samples: int) -> Latents:
+        """The same with their weights, log p(x) each; without gradients."""
+        with torch.no_grad():
+            log_likelihood = self.log_likelihood(x)
+            assert log_likelihood is not None
+            z = self.sample_posterior(x, samples)
+        return Latents(z, log_likelihood[:, None].expand(-1, samples))
+
     def enumerate(self, x: Any) -> Latents | None:
         """Every z, with p(z | x) as its `m_step_weights`; None for a model that does not do it."""
         return None
@@ -70,12 +78,8 @@ class ExactPosterior(Posterior):
     def e_step(self, model: LatentVariableModel, x: Any) -> EStep:
         return EStep(loss=None, latents=None)
 
-    @torch.no_grad()
     def sample(self, model: LatentVariableModel, x: Any, samples: int) -> Latents:
-        model = self._tractable(model)
-        log_likelihood = self._log_likelihood(model, x)
-        z = model.sample_posterior(x, samples)
-        return Latents(z, log_likelihood[:, None].expand(-1, samples))
+        return self._tractable(model).weighted_posterior(x, samples)
 
     def m_step_latents(
         self, model: LatentVariableModel, x: Any, latents: Latents | None = None
@@ -94,7 +98,9 @@ class ExactPosterior(Posterior):
         self, model: LatentVariableModel, x: Any, latents: Latents | None = None
     ) -> Float[Tensor, "batch"]:
         if self.m_step == "marginal":
-            return self._log_likelihood(self._tractable(model), x)
+            log_likelihood = self._tractable(model).log_likelihood(x)
+            assert log_likelihood is not None
+            return log_likelihood
         return super().expected_log_joint(model, x, latents)
 
     @staticmethod
@@ -115,9 +121,3 @@ class ExactPosterior(Posterior):
                 f"{model.tractable_sizes}; make it smaller or use posterior=gflownet"
             )
         return model
-
-    @staticmethod
-    def _log_likelihood(model: TractableModel, x: Any) -> Float[Tensor, "batch"]:
-        log_likelihood = model.log_likelihood(x)
-        assert log_likelihood is not None
-        return log_likelihood

@@ -37,18 +37,38 @@ from gfnem.tasks.grammar.spans import (
 from gfnem.tasks.grammar.tree import Trees
 
 
-def log_partition(potentials: AnnotatedPotentials) -> Float[Tensor, "batch"]:
+def inside_chart(potentials: AnnotatedPotentials) -> Chart:
+    """What everything else here is computed from, for those who ask more than one thing.
+
+    Without gradients.
+    """
+    with torch.no_grad():
+        return Chart.of(*_tables(potentials))
+
+
+def log_partition(
+    potentials: AnnotatedPotentials, chart: Chart | None = None
+) -> Float[Tensor, "batch"]:
     """log p(x) in nats, once differentiable in the potentials.
 
     A sentence of probability zero has log-probability -inf and gradient 0.
+
+    chart: of the potentials, where it is at hand.
     """
-    return _LogPartition.apply(*_tables(potentials), None) + potentials.total_log_scale
+    return _LogPartition.apply(*_tables(potentials), None, chart) + potentials.total_log_scale
 
 
-def span_marginals(potentials: AnnotatedPotentials) -> Float[Tensor, "batch length+1 length+1"]:
-    """p(span (start, end) in z | x); 0 for single words and for sentences of probability zero."""
+def span_marginals(
+    potentials: AnnotatedPotentials, chart: Chart | None = None
+) -> Float[Tensor, "batch length+1 length+1"]:
+    """p(span (start, end) in z | x); 0 for single words and for sentences of probability zero.
+
+    chart: of the potentials, where it is at hand.
+    """
     tables = [table.detach() for table in _tables(potentials)]
-    return marginals(lambda scores: _LogPartition.apply(*tables, scores), potentials.log_scale)
+    return marginals(
+        lambda scores: _LogPartition.apply(*tables, scores, chart), potentials.log_scale
+    )
 
 
 @torch.no_grad()
@@ -57,13 +77,16 @@ def sample(
     samples: int,
     generator: torch.Generator | None = None,
     labelled: bool = True,
+    chart: Chart | None = None,
 ) -> Trees:
     """Independent trees from p(z | x), `samples` of each sentence; shapes unless `labelled`.
+
+    chart: of the potentials, where it is at hand.
 
     Raises UserError if a sentence has probability zero.
     """
     draw = partial(sample_categorical, generator=generator)
-    chart = _Chart.of(*_tables(potentials))
+    chart = chart or inside_chart(potentials)
     nonterminals = len(chart.root)
     top = draw(possible(chart.root_weights())[:, None].expand(-1, samples, -1))
 
@@ -99,8 +122,7 @@ def inside_scores(potentials: AnnotatedPotentials) -> tuple[SpanTable, SpanTable
 
     Both are 0 for single words. Without gradients.
     """
-    with torch.no_grad():
-        chart = _Chart.of(*_tables(potentials))
+    chart = inside_chart(potentials)
     return chart.vectors, chart.scales
 
 
@@ -114,7 +136,7 @@ def _tables(
 
 
 @dataclass(frozen=True)
-class _Chart:
+class Chart:
     """The scores of all spans of at least two words, beta = vectors * exp(scales).
 
     Both are 0 for single words: a word's score is in `left` and `right`, which are those of
@@ -144,9 +166,9 @@ class _Chart:
         both: Float[Tensor, "batch gaps nonterminals contexts"],
         lengths: Int[Tensor, "batch"],
         span_scores: Float[Tensor, "batch length+1 length+1"] | None = None,
-    ) -> _Chart:
+    ) -> Chart:
         length, batch, nonterminals, contexts, _ = left.shape
-        chart = _Chart(
+        chart = Chart(
             root=root,
             rules=rules.flatten(2),
             left=left,
@@ -223,8 +245,8 @@ class _LogPartition(torch.autograd.Function):
     """log p(x) without the words' scales; its gradient is the outside algorithm."""
 
     @staticmethod
-    def forward(ctx, root, rules, left, right, both, lengths, span_scores):
-        ctx.chart = _Chart.of(root, rules, left, right, both, lengths, span_scores)
+    def forward(ctx, root, rules, left, right, both, lengths, span_scores, chart):
+        ctx.chart = chart or Chart.of(root, rules, left, right, both, lengths, span_scores)
         total = ctx.chart.root_weights().sum(-1)
         log_total = total.log() + ctx.chart.root_scale()
         ctx.save_for_backward(total, log_total)
@@ -233,7 +255,7 @@ class _LogPartition(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        chart: _Chart = ctx.chart
+        chart: Chart = ctx.chart
         total, log_total = ctx.saved_tensors
         nonterminals, batch, length = len(chart.root), len(total), chart.vectors.length
         contexts = chart.rules.shape[1]
@@ -293,4 +315,5 @@ class _LogPartition(torch.autograd.Function):
             grad_both.transpose(0, 1),
             None,
             grad_spans if ctx.needs_input_grad[6] else None,
+            None,
         )

@@ -17,7 +17,6 @@ from gfnem.gradients import gradient_noise
 from gfnem.inference import device_of, inference, log_mean_exp
 from gfnem.model import LatentVariableModel
 from gfnem.posterior import Latents, Posterior
-from gfnem.posteriors.exact import TractableModel
 from gfnem.tasks.grammar import inside
 from gfnem.tasks.grammar.data import Corpus, GrammarData, Sentences, SplitName
 from gfnem.tasks.grammar.f1 import SpanCounts
@@ -210,29 +209,31 @@ class GrammarEvaluator:
             "distinct_trees": latents.z.distinct_shapes(),
             "right_edge": _right_edge(latents.z),
         }
-        log_likelihood = model.log_likelihood(x)
-        if log_likelihood is not None:
-            figures["log_likelihood"] = log_likelihood
-        if latents.log_weights is not None:
-            figures["effective_samples"] = 1 / latents.log_weights.softmax(-1).square().sum(-1)
-            drawn = [latents]
-            if final:
-                drawn += self._more_latents(model, posterior, x)
-            log_weights, log_priors = _log_weights(model, drawn)
-            figures["iw_log_likelihood"] = log_mean_exp(log_weights - log_priors)
-            figures |= _fit(model, log_likelihood, log_weights)
-        if self.divergences:
-            figures |= divergences.rate(model, posterior, x)
         # What is exact is of the grammar alone. Where rules see the parent it takes as long as many
         # M-steps, so that only final evaluations have it.
         whose = "exact" if model.normalised else "grammar"
         affordable = final or not isinstance(model, AnnotatedModel)
-        if isinstance(model, TractableModel) and model.tractable and affordable:
-            exact = model.sample_posterior(x, self.samples)
-            figures[f"distinct_{whose}_trees"] = exact.distinct_shapes()
-            figures[f"right_{whose}_edge"] = _right_edge(exact)
+        exact = None
         if isinstance(model, GrammarModel) and model.tractable and affordable:
-            trees[f"_{whose}_mbr"] = inside.minimum_bayes_risk(model.span_marginals(x), x.lengths)
+            exact = model.exact_posterior(x)
+        log_likelihood = model.log_likelihood(x) if exact is None else exact.log_likelihood
+        if log_likelihood is not None:
+            figures["log_likelihood"] = log_likelihood
+        if latents.log_weights is not None:
+            figures["effective_samples"] = 1 / latents.log_weights.softmax(-1).square().sum(-1)
+            every = [latents]
+            if final:
+                every += self._more_latents(model, posterior, x)
+            log_weights, log_priors = _log_weights(model, every)
+            figures["iw_log_likelihood"] = log_mean_exp(log_weights - log_priors)
+            figures |= _fit(model, log_likelihood, log_weights)
+        if self.divergences:
+            figures |= divergences.rate(model, posterior, x)
+        if exact is not None:
+            drawn = exact.sample(self.samples)
+            figures[f"distinct_{whose}_trees"] = drawn.distinct_shapes()
+            figures[f"right_{whose}_edge"] = _right_edge(drawn)
+            trees[f"_{whose}_mbr"] = inside.minimum_bayes_risk(exact.span_marginals(), x.lengths)
         if isinstance(model, ParsingModel) and final:
             trees["_viterbi"], _ = inside.viterbi(model.potentials(x))
         return figures, trees

@@ -33,18 +33,38 @@ from gfnem.tasks.grammar.spans import (
 from gfnem.tasks.grammar.tree import Trees
 
 
-def log_partition(potentials: FactoredPotentials) -> Float[Tensor, "batch"]:
+def inside_chart(potentials: FactoredPotentials) -> Chart:
+    """What everything else here is computed from, for those who ask more than one thing.
+
+    Without gradients.
+    """
+    with torch.no_grad():
+        return Chart.of(*_tables(potentials))
+
+
+def log_partition(
+    potentials: FactoredPotentials, chart: Chart | None = None
+) -> Float[Tensor, "batch"]:
     """log p(x) in nats, once differentiable in the potentials.
 
     A sentence of probability zero has log-probability -inf and gradient 0.
+
+    chart: of the potentials, where it is at hand.
     """
-    return _LogPartition.apply(*_tables(potentials), None) + potentials.total_log_scale
+    return _LogPartition.apply(*_tables(potentials), None, chart) + potentials.total_log_scale
 
 
-def span_marginals(potentials: FactoredPotentials) -> Float[Tensor, "batch length+1 length+1"]:
-    """p(span (start, end) in z | x); 0 for single words and for sentences of probability zero."""
+def span_marginals(
+    potentials: FactoredPotentials, chart: Chart | None = None
+) -> Float[Tensor, "batch length+1 length+1"]:
+    """p(span (start, end) in z | x); 0 for single words and for sentences of probability zero.
+
+    chart: of the potentials, where it is at hand.
+    """
     tables = [table.detach() for table in _tables(potentials)]
-    return marginals(lambda scores: _LogPartition.apply(*tables, scores), potentials.log_scale)
+    return marginals(
+        lambda scores: _LogPartition.apply(*tables, scores, chart), potentials.log_scale
+    )
 
 
 @torch.no_grad()
@@ -53,13 +73,16 @@ def sample(
     samples: int,
     generator: torch.Generator | None = None,
     labelled: bool = True,
+    chart: Chart | None = None,
 ) -> Trees:
     """Independent trees from p(z | x), `samples` of each sentence; shapes unless `labelled`.
+
+    chart: of the potentials, where it is at hand.
 
     Raises UserError if a sentence has probability zero.
     """
     draw = partial(sample_categorical, generator=generator)
-    chart = _Chart.of(*_tables(potentials))
+    chart = chart or inside_chart(potentials)
     nonterminals, _, rank = chart.mixture.shape
     top = draw(possible(chart.root_weights())[:, None].expand(-1, samples, -1))
 
@@ -104,8 +127,7 @@ def inside_scores(potentials: FactoredPotentials) -> tuple[SpanTable, SpanTable]
 
     Both are 0 for single words. Without gradients.
     """
-    with torch.no_grad():
-        chart = _Chart.of(*_tables(potentials))
+    chart = inside_chart(potentials)
     batch, length = potentials.log_scale.shape
     shape = chart.mixture.shape[1], chart.mixture.shape[0]
     vectors = SpanTable.zeros(chart.root, length, batch, *shape)
@@ -120,7 +142,7 @@ def _tables(potentials: FactoredPotentials) -> tuple[Tensor, ...]:
 
 
 @dataclass(frozen=True)
-class _Chart:
+class Chart:
     """The scores of all spans, by width; beta = vectors * exp(scales).
 
     left, right: what spans are to their parents as left and as right children, a word a span of
@@ -152,9 +174,9 @@ class _Chart:
         word_right: Float[Tensor, "batch length nonterminals rank"],
         lengths: Int[Tensor, "batch"],
         span_scores: Float[Tensor, "batch length+1 length+1"] | None = None,
-    ) -> _Chart:
+    ) -> Chart:
         batch, length, nonterminals, _ = word_left.shape
-        chart = _Chart(
+        chart = Chart(
             root=root,
             mixture=mixture,
             lengths=lengths,
@@ -227,8 +249,12 @@ class _LogPartition(torch.autograd.Function):
     """log p(x) without the words' scales; its gradient is the outside algorithm."""
 
     @staticmethod
-    def forward(ctx, root, mixture, left, right, word_left, word_right, lengths, span_scores):
-        chart = _Chart.of(root, mixture, left, right, word_left, word_right, lengths, span_scores)
+    def forward(
+        ctx, root, mixture, left, right, word_left, word_right, lengths, span_scores, chart
+    ):
+        chart = chart or Chart.of(
+            root, mixture, left, right, word_left, word_right, lengths, span_scores
+        )
         total = chart.root_weights().sum(-1)
         log_total = total.log() + chart.root_scale()
         ctx.chart = chart
@@ -238,7 +264,7 @@ class _LogPartition(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        chart: _Chart = ctx.chart
+        chart: Chart = ctx.chart
         left, right, total, log_total = ctx.saved_tensors
         nonterminals, batch, length = len(chart.root), len(total), chart.scales.length
         seed = torch.where(log_total.isfinite(), grad / total, 0.0)
@@ -287,4 +313,5 @@ class _LogPartition(torch.autograd.Function):
             of_right[1].permute(2, 1, 0, 3),
             None,
             grad_spans if ctx.needs_input_grad[7] else None,
+            None,
         )

@@ -39,9 +39,19 @@ from gfnem.tasks.grammar.spans import (
 from gfnem.tasks.grammar.tree import Trees
 
 
+def inside_chart(potentials: Potentials) -> Chart:
+    """What everything else here is computed from, for those who ask more than one thing.
+
+    Without gradients. Viterbi trees have a chart of their own.
+    """
+    with torch.no_grad():
+        return Chart.of(*_tables(potentials), _SUM_PRODUCT)
+
+
 def log_partition(
     potentials: Potentials,
     span_scores: Float[Tensor, "batch length+1 length+1"] | None = None,
+    chart: Chart | None = None,
 ) -> Float[Tensor, "batch"]:
     """log p(x) in nats, once differentiable in the potentials and in the span scores.
 
@@ -49,15 +59,23 @@ def log_partition(
 
     span_scores: added to the log-score of every tree that holds the span (start, end), for spans
         of at least two words; -inf forbids a span. The gradient at 0 is p(span in z | x).
+    chart: of the potentials, where it is at hand and the span scores are 0.
     """
-    total = _LogPartition.apply(*_tables(potentials), span_scores)
+    total = _LogPartition.apply(*_tables(potentials), span_scores, chart)
     return total + potentials.total_log_scale
 
 
-def span_marginals(potentials: Potentials) -> Float[Tensor, "batch length+1 length+1"]:
-    """p(span (start, end) in z | x); 0 for single words and for sentences of probability zero."""
+def span_marginals(
+    potentials: Potentials, chart: Chart | None = None
+) -> Float[Tensor, "batch length+1 length+1"]:
+    """p(span (start, end) in z | x); 0 for single words and for sentences of probability zero.
+
+    chart: of the potentials, where it is at hand.
+    """
     tables = [table.detach() for table in _tables(potentials)]
-    return marginals(lambda scores: _LogPartition.apply(*tables, scores), potentials.log_scale)
+    return marginals(
+        lambda scores: _LogPartition.apply(*tables, scores, chart), potentials.log_scale
+    )
 
 
 def expected_counts(
@@ -83,13 +101,16 @@ def sample(
     samples: int,
     generator: torch.Generator | None = None,
     labelled: bool = True,
+    chart: Chart | None = None,
 ) -> Trees:
     """Independent trees from p(z | x), `samples` of each sentence; shapes unless `labelled`.
+
+    chart: of the potentials, where it is at hand.
 
     Raises UserError if a sentence has probability zero.
     """
     draw = partial(sample_categorical, generator=generator)
-    chart = _Chart.of(*_tables(potentials), _SUM_PRODUCT)
+    chart = chart or inside_chart(potentials)
     root = draw(possible(chart.root_weights())[:, None].expand(-1, samples, -1))
     trees = top_down(root, potentials.lengths, chart.splitter(draw))
     return trees if labelled else trees.shapes()
@@ -105,7 +126,7 @@ def viterbi(potentials: Potentials) -> tuple[Trees, Float[Tensor, "batch"]]:
     Raises UserError if a sentence has probability zero.
     """
     best = partial(torch.argmax, dim=-1)
-    chart = _Chart.of(*_tables(potentials), _MAX_PRODUCT)
+    chart = Chart.of(*_tables(potentials), _MAX_PRODUCT)
     weights = possible(chart.root_weights())
     trees = top_down(best(weights)[:, None], potentials.lengths, chart.splitter(best))
     log_joint = weights.amax(-1).log() + chart.root_scale() + potentials.total_log_scale
@@ -148,7 +169,7 @@ def inside_scores(
     The arguments are those of `Potentials`. Both are 0 for single words. Without gradients.
     """
     with torch.no_grad():
-        chart = _Chart.of(root, rules, left, right, both, lengths, _SUM_PRODUCT)
+        chart = Chart.of(root, rules, left, right, both, lengths, _SUM_PRODUCT)
     return chart.vectors, chart.scales
 
 
@@ -185,7 +206,7 @@ _MAX_PRODUCT = _Semiring(torch.maximum, _max_product, _max_product, _max_matrix_
 
 
 @dataclass(frozen=True)
-class _Chart:
+class Chart:
     """The scores of all spans of at least two words, beta = vectors * exp(scales).
 
     Both are 0 for single words: a word's score is in `left` and `right`, which are those of
@@ -216,9 +237,9 @@ class _Chart:
         lengths: Int[Tensor, "batch"],
         semiring: _Semiring,
         span_scores: Float[Tensor, "batch length+1 length+1"] | None = None,
-    ) -> _Chart:
+    ) -> Chart:
         batch, length, nonterminals, _ = left.shape
-        chart = _Chart(
+        chart = Chart(
             root=root,
             rules=rules.flatten(1),
             left=left.transpose(0, 1).contiguous(),
@@ -305,8 +326,10 @@ class _LogPartition(torch.autograd.Function):
     """log p(x) without the words' scales; its gradient is the outside algorithm."""
 
     @staticmethod
-    def forward(ctx, root, rules, left, right, both, lengths, span_scores):
-        ctx.chart = _Chart.of(root, rules, left, right, both, lengths, _SUM_PRODUCT, span_scores)
+    def forward(ctx, root, rules, left, right, both, lengths, span_scores, chart):
+        ctx.chart = chart or Chart.of(
+            root, rules, left, right, both, lengths, _SUM_PRODUCT, span_scores
+        )
         total = ctx.chart.root_weights().sum(-1)
         log_total = total.log() + ctx.chart.root_scale()
         ctx.save_for_backward(total, log_total)
@@ -315,7 +338,7 @@ class _LogPartition(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        chart: _Chart = ctx.chart
+        chart: Chart = ctx.chart
         total, log_total = ctx.saved_tensors
         nonterminals, batch, length = len(chart.root), len(total), chart.vectors.length
         # The gradient of log p(x) in the spans' vectors: what a span receives as a left child by
@@ -367,4 +390,5 @@ class _LogPartition(torch.autograd.Function):
             grad_both.transpose(0, 1),
             None,
             grad_spans if ctx.needs_input_grad[6] else None,
+            None,
         )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from gfnem.categorical import sample_categorical
 from gfnem.errors import UserError
+from gfnem.posterior import Latents
 from gfnem.posteriors.exact import TractableModel
 from gfnem.posteriors.importance import PriorModel
 from gfnem.tasks.grammar import inside
@@ -28,6 +31,30 @@ from gfnem.tasks.grammar.potentials import Grammar, Potentials
 from gfnem.tasks.grammar.shape_density import ShapeDensity
 from gfnem.tasks.grammar.tree import Trees
 from gfnem.tasks.grammar.tree_prior import TreePrior
+
+
+@dataclass(frozen=True)
+class ExactTrees:
+    """p(z | x) of a batch of sentences under a grammar alone, on one chart; without gradients."""
+
+    inference: ModuleType
+    potentials: Any
+    chart: Any
+    labelled: bool
+
+    @property
+    @torch.no_grad()
+    def log_likelihood(self) -> Float[Tensor, "batch"]:
+        return self.inference.log_partition(self.potentials, chart=self.chart)
+
+    def sample(self, samples: int) -> Trees:
+        return self.inference.sample(
+            self.potentials, samples, labelled=self.labelled, chart=self.chart
+        )
+
+    def span_marginals(self) -> Float[Tensor, "batch length+1 length+1"]:
+        """p(span (start, end) in z | x); 0 for single words."""
+        return self.inference.span_marginals(self.potentials, chart=self.chart)
 
 
 class GrammarModel(TractableModel):
@@ -110,8 +137,29 @@ class GrammarModel(TractableModel):
         """The same trees with nonterminals drawn from the exact p(labels | shape, x)."""
 
     @abstractmethod
-    def span_marginals(self, x: Sentences) -> Float[Tensor, "batch length+1 length+1"]:
-        """p(span (start, end) in z | x); 0 for single words."""
+    def inference(self, potentials: Any) -> ModuleType:
+        """The inside algorithm for rules that are stored like these."""
+
+    def exact_posterior(self, x: Sentences) -> ExactTrees:
+        """p(z | x) of the grammar, where the model is `tractable`."""
+        with torch.no_grad():
+            potentials = self.potentials(x)
+            inference = self.inference(potentials)
+            chart = inference.inside_chart(potentials)
+        return ExactTrees(inference, potentials, chart, self.latent == "labelled")
+
+    def log_likelihood(self, x: Sentences) -> Float[Tensor, "batch"] | None:
+        if not self.tractable:
+            return None
+        potentials = self.potentials(x)
+        return self.inference(potentials).log_partition(potentials)
+
+    def sample_posterior(self, x: Sentences, samples: int) -> Trees:
+        return self.exact_posterior(x).sample(samples)
+
+    def weighted_posterior(self, x: Sentences, samples: int) -> Latents:
+        exact = self.exact_posterior(x)
+        return Latents(exact.sample(samples), exact.log_likelihood[:, None].expand(-1, samples))
 
     def log_prior_weight(self, z: Trees) -> Float[Tensor, "batch samples"]:
         """-E(shape) / T, what a tree prior adds to the grammar's log p(x, z); 0 without one."""
@@ -165,15 +213,11 @@ class ParsingModel(GrammarModel, PriorModel):
     ) -> tuple[Float[Tensor, "batch samples nodes"], Float[Tensor, "batch samples"]]:
         return inside_scores(potentials, z)
 
+    def inference(self, potentials: Potentials) -> ModuleType:
+        return inside
+
     def log_likelihood(self, x: Sentences) -> Float[Tensor, "batch"]:
         return inside.log_partition(self.potentials(x))
-
-    def sample_posterior(self, x: Sentences, samples: int) -> Trees:
-        with torch.no_grad():
-            return inside.sample(self.potentials(x), samples, labelled=self.latent == "labelled")
-
-    def span_marginals(self, x: Sentences) -> Float[Tensor, "batch length+1 length+1"]:
-        return inside.span_marginals(self.potentials(x))
 
     @torch.no_grad()
     def sample_labels(self, potentials: Potentials, z: Trees) -> Trees:

@@ -100,36 +100,19 @@ class AnnotatedModel(GrammarModel):
             return annotated_messages.labelled_scores(potentials, z)
         return _messages(potentials).inside_scores(potentials, z)
 
-    def log_likelihood(self, x: Sentences) -> Float[Tensor, "batch"] | None:
-        if not self.tractable:
-            return None
-        potentials = self.potentials(x)
-        return _inside(potentials).log_partition(potentials)
-
-    def sample_posterior(self, x: Sentences, samples: int) -> Trees:
-        with torch.no_grad():
-            potentials, labelled = self.potentials(x), self.latent == "labelled"
-            return _inside(potentials).sample(potentials, samples, labelled=labelled)
-
-    def span_marginals(self, x: Sentences) -> Float[Tensor, "batch length+1 length+1"]:
-        potentials = self.potentials(x)
-        return _inside(potentials).span_marginals(potentials)
+    def inference(self, potentials: ContextPotentials) -> ModuleType:
+        return factored_inside if isinstance(potentials, FactoredPotentials) else annotated_inside
 
     def chart(self, potentials: ContextPotentials) -> tuple[SpanTable, SpanTable]:
         """Inside scores of all spans, [context, label], and their logarithmic scales.
 
         Without gradients; both are 0 for single words.
         """
-        return _inside(potentials).inside_scores(potentials)
+        return self.inference(potentials).inside_scores(potentials)
 
     @torch.no_grad()
     def sample_labels(self, potentials: ContextPotentials, z: Trees) -> Trees:
         return _messages(potentials).sample_labels(potentials, z)
-
-
-def _inside(potentials: ContextPotentials) -> ModuleType:
-    """The inside algorithm for rules that are stored like these."""
-    return factored_inside if isinstance(potentials, FactoredPotentials) else annotated_inside
 
 
 def _messages(potentials: ContextPotentials) -> ModuleType:

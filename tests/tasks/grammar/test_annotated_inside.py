@@ -2,15 +2,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import inf, log
+from typing import Any
 
 import pytest
 import torch
 
 from gfnem.errors import UserError
-from gfnem.tasks.grammar import annotated_inside, inside
+from gfnem.tasks.grammar import annotated_inside, factored_inside, inside
 from gfnem.tasks.grammar.annotated import DenseGrammar
 from gfnem.tasks.grammar.potentials import Grammar, Potentials
+from gfnem.tasks.grammar.tree import Trees
 from tests.tasks.grammar import annotated_oracle, oracle
+from tests.tasks.grammar.annotated_oracle import random_low_rank_grammar
 from tests.tasks.grammar.tiny import count_trees, p_value
 
 LENGTHS = [4, 2, 6, 3, 5]
@@ -33,6 +36,37 @@ def sparse_grammar(seed: int, dtype: torch.dtype = torch.float64) -> DenseGramma
     emission = grammar.emission.clone()
     emission[..., -2:] = -inf
     return DenseGrammar(grammar.root, torch.where(kept, grammar.binary, -inf), emission)
+
+
+RULES: dict[str, Any] = {
+    "context_free": (inside, oracle.random_grammar),
+    "dense": (annotated_inside, annotated_oracle.random_grammar),
+    "low_rank": (factored_inside, random_low_rank_grammar),
+}
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_one_chart_tells_all_that_charts_of_their_own_do(rules):
+    inference, random_grammar = RULES[rules]
+    words, lengths = oracle.random_sentences([5, 2, 4], seed=4)
+    grammar = random_grammar(3, 4, seed=4)
+    potentials, other = (
+        grammar.potentials(words[rows], lengths[rows]) for rows in ([0, 1, 2], [1, 2, 0])
+    )
+    chart = inference.inside_chart(potentials)
+
+    def draw(chart: Any) -> Trees:
+        return inference.sample(potentials, 30, torch.Generator().manual_seed(0), chart=chart)
+
+    for tell in (inference.log_partition, inference.span_marginals):
+        expected = tell(potentials)
+        assert torch.equal(tell(potentials, chart=chart), expected)
+        # It is that chart which is read, not one that is made again.
+        assert not torch.equal(tell(potentials, chart=inference.inside_chart(other)), expected)
+    one, expected = draw(chart), draw(None)
+    assert torch.equal(one.start, expected.start) and torch.equal(one.end, expected.end)
+    assert one.labels is not None and expected.labels is not None
+    assert torch.equal(one.labels, expected.labels)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -14,6 +14,7 @@ from gfnem.posterior import EStep, Latents, Posterior
 from gfnem.posteriors.exact import ExactPosterior
 from gfnem.run import Run
 from gfnem.tasks.grammar import data as grammar_data
+from gfnem.tasks.grammar import inside
 from gfnem.tasks.grammar.data import Corpus, GrammarData
 from gfnem.tasks.grammar.evaluate import GrammarEvaluator, bracketed, parse
 from gfnem.tasks.grammar.f1 import SpanCounts
@@ -304,6 +305,23 @@ def test_evaluations_during_training_leave_out_what_is_slow():
     metrics = GrammarEvaluator(data, samples=2)(right_branching_grammar(), posterior, "valid")
     assert "valid/sentence_f1_exact_mbr" in metrics
     assert not any("viterbi" in key or "baseline" in key for key in metrics)
+
+
+def test_an_evaluation_needs_one_chart_of_a_batch(monkeypatch):
+    made, of = [], inside.Chart.of
+
+    def counted(*arguments):
+        made.append(arguments)
+        return of(*arguments)
+
+    monkeypatch.setattr(inside.Chart, "of", staticmethod(counted))
+    posterior = FixedPosterior([[left(8)] * 2])
+    evaluator = GrammarEvaluator(Data([[0] * 8], [right(8)]), samples=2)
+    evaluator(right_branching_grammar(), posterior, "valid")
+    assert len(made) == 1
+    # The exact posterior's draws and their weights are of one, too.
+    evaluator(right_branching_grammar(), ExactPosterior(), "valid")
+    assert len(made) == 3
 
 
 def test_minimum_bayes_risk_takes_the_most_frequent_spans():
