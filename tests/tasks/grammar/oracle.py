@@ -110,6 +110,8 @@ class Rules:
         self.root = grammar.root.double().exp().tolist()
         self.binary = grammar.binary.double().exp().tolist()
         self.emission = grammar.emission.double().exp().tolist()
+        # Trees of one sentence have most of their nodes in common.
+        self.known: dict[tuple, list[tuple[int, int, float]]] = {}
 
     def child(
         self, words: Sequence[int], labels: dict[tuple[int, int], int], i: int, j: int
@@ -130,16 +132,15 @@ class Rules:
         labels = {(i, j): a for i, j, a in tree}
         for i, k, j in splits(frozenset(labels)):
             rules = self.binary[labels[i, j]]
-            yield (
-                i,
-                k,
-                j,
-                [
+            below = labels[i, j], labels.get((i, k)), labels.get((k, j))
+            node = (*words, i, k, j, *below)
+            if node not in self.known:
+                self.known[node] = [
                     (b, c, rules[b][c] * emission_b * emission_c)
                     for b, emission_b in self.child(words, labels, i, k)
                     for c, emission_c in self.child(words, labels, k, j)
-                ],
-            )
+                ]
+            yield i, k, j, self.known[node]
 
     def joint(self, words: Sequence[int], tree: LabelledTree) -> float:
         """p(x, z), preterminals summed out word by word."""
