@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
@@ -17,6 +18,7 @@ from gfnem.gradients import gradient_noise
 from gfnem.inference import device_of, inference, log_mean_exp
 from gfnem.model import LatentVariableModel
 from gfnem.posterior import Latents, Posterior
+from gfnem.posteriors.exact import TractableModel
 from gfnem.tasks.grammar import inside
 from gfnem.tasks.grammar.data import Corpus, GrammarData, Sentences, SplitName
 from gfnem.tasks.grammar.f1 import SpanCounts
@@ -214,7 +216,7 @@ class GrammarEvaluator:
         whose = "exact" if model.normalised else "grammar"
         affordable = final or not isinstance(model, AnnotatedModel)
         exact = None
-        if isinstance(model, GrammarModel) and model.tractable and affordable:
+        if affordable and isinstance(model, GrammarModel) and model.tractable:
             exact = model.exact_posterior(x)
         log_likelihood = model.log_likelihood(x) if exact is None else exact.log_likelihood
         if log_likelihood is not None:
@@ -229,10 +231,12 @@ class GrammarEvaluator:
             figures |= _fit(model, log_likelihood, log_weights)
         if self.divergences:
             figures |= divergences.rate(model, posterior, x)
-        if exact is not None:
-            drawn = exact.sample(self.samples)
+        if affordable and isinstance(model, TractableModel) and model.tractable:
+            sample = partial(model.sample_posterior, x) if exact is None else exact.sample
+            drawn = sample(self.samples)
             figures[f"distinct_{whose}_trees"] = drawn.distinct_shapes()
             figures[f"right_{whose}_edge"] = _right_edge(drawn)
+        if exact is not None:
             trees[f"_{whose}_mbr"] = inside.minimum_bayes_risk(exact.span_marginals(), x.lengths)
         if isinstance(model, ParsingModel) and final:
             trees["_viterbi"], _ = inside.viterbi(model.potentials(x))

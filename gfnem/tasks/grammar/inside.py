@@ -59,8 +59,9 @@ def log_partition(
 
     span_scores: added to the log-score of every tree that holds the span (start, end), for spans
         of at least two words; -inf forbids a span. The gradient at 0 is p(span in z | x).
-    chart: of the potentials, where it is at hand and the span scores are 0.
+    chart: of the potentials, where it is at hand; without span scores.
     """
+    assert span_scores is None or chart is None, "a chart has the span scores that it was made with"
     total = _LogPartition.apply(*_tables(potentials), span_scores, chart)
     return total + potentials.total_log_scale
 
