@@ -132,8 +132,7 @@ class Rules:
         labels = {(i, j): a for i, j, a in tree}
         for i, k, j in splits(frozenset(labels)):
             rules = self.binary[labels[i, j]]
-            below = labels[i, j], labels.get((i, k)), labels.get((k, j))
-            node = (*words, i, k, j, *below)
+            node = (*words, i, k, j, labels[i, j], labels.get((i, k)), labels.get((k, j)))
             if node not in self.known:
                 self.known[node] = [
                     (b, c, rules[b][c] * emission_b * emission_c)
