@@ -56,10 +56,11 @@ from gfnem.tasks.discrete_vae.policy import GridPolicy
 from gfnem.tasks.discrete_vae.vector_quantized import VectorQuantized
 from gfnem.tasks.grammar import inside
 from gfnem.tasks.grammar.chart import ChartPolicy
-from gfnem.tasks.grammar.data import Sentences, treebank
 from gfnem.tasks.grammar.model import NeuralPCFG
 from gfnem.tasks.grammar.ncfg import NeuralNCFG
 from gfnem.tasks.grammar.root_flow import RootFlowPolicy
+from gfnem.tasks.grammar.text.corpus import Sentences
+from gfnem.tasks.grammar.text.sources import treebank
 from gfnem.tasks.grammar.transformer import TransformerPolicy
 from gfnem.tasks.mixture.data import PointData, sampled
 from gfnem.tasks.mixture.model import starting_at

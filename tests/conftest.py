@@ -14,7 +14,7 @@ import torch
 from hydra._internal.config_repository import ConfigRepository
 
 from gfnem.help import config_folder
-from gfnem.tasks.grammar import data
+from gfnem.tasks.grammar.text import sources as data
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -23,8 +23,8 @@ import gfnem
 from gfnem.cli import main
 from gfnem.em import EM
 from gfnem.tasks.discrete_vae.evaluate import DiscreteVAEEvaluator
-from gfnem.tasks.grammar import data
 from gfnem.tasks.grammar.evaluate import GrammarEvaluator
+from gfnem.tasks.grammar.text import sources as data
 from gfnem.tasks.mixture.evaluate import MixtureEvaluator
 
 GFLOWNET = ["schedule.warmup_e_steps=2", "policy.width=8"]

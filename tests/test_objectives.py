@@ -25,8 +25,8 @@ from gfnem.objectives import (
     weighted_sum,
 )
 from gfnem.posteriors.gflownet import Paths
-from gfnem.tasks.grammar.data import Sentences
 from gfnem.tasks.grammar.policy import ForestCondition, ForestPolicy
+from gfnem.tasks.grammar.text.corpus import Sentences
 from tests.tasks.grammar import oracle
 from tests.tasks.grammar.tiny import (
     BACKWARDS,

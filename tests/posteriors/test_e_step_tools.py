@@ -18,10 +18,10 @@ from gfnem.objectives import forward_kl, reverse_kl, sleep, subtb, vargrad
 from gfnem.posteriors.gflownet import GFlowNetPosterior, Policy
 from gfnem.posteriors.refinement import BackAndForth
 from gfnem.posteriors.replay import Replay
-from gfnem.tasks.grammar.data import toy_english
 from gfnem.tasks.grammar.encoder import SpanEncoder
 from gfnem.tasks.grammar.model import NeuralPCFG
 from gfnem.tasks.grammar.root_flow import RootFlowPolicy
+from gfnem.tasks.grammar.text.sources import toy_english
 from tests.posteriors.test_gflownet import SETTINGS, distances, setting, train
 from tests.tasks.discrete_vae import tiny as images
 from tests.tasks.grammar import annotated_oracle, oracle

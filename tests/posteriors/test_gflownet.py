@@ -22,9 +22,9 @@ from gfnem.objectives import (
 )
 from gfnem.posterior import EStep, Latents
 from gfnem.posteriors.gflownet import Behaviour, GFlowNetPosterior
-from gfnem.tasks.grammar.data import Sentences
 from gfnem.tasks.grammar.model import NeuralPCFG, ParsingModel
 from gfnem.tasks.grammar.potentials import Grammar
+from gfnem.tasks.grammar.text.corpus import Sentences
 from tests.tasks.grammar import oracle
 from tests.tasks.grammar.tiny import (
     BACKWARDS,

@@ -16,8 +16,8 @@ from gfnem.posteriors.refinement import (
     ImportanceWeighting,
     Thinning,
 )
-from gfnem.tasks.grammar.data import Sentences
 from gfnem.tasks.grammar.policy import ForestPolicy
+from gfnem.tasks.grammar.text.corpus import Sentences
 from gfnem.tasks.grammar.tree import Trees
 from tests.tasks.grammar import oracle
 from tests.tasks.grammar.tiny import (

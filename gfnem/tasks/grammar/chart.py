@@ -41,7 +41,6 @@ from gfnem.posteriors.sequence_env import SequenceEnv
 from gfnem.tasks.grammar.annotated import AnnotatedGrammar, AnnotatedPotentials, ContextPotentials
 from gfnem.tasks.grammar.annotated_messages import contexts
 from gfnem.tasks.grammar.chart_estimators import ChartEstimator
-from gfnem.tasks.grammar.data import Sentences
 from gfnem.tasks.grammar.encoder import SpanEncoder, SpanEncoding
 from gfnem.tasks.grammar.factored import FactoredPotentials
 from gfnem.tasks.grammar.guide import Guide, cluster_parents, context_free, relaxed, unguided
@@ -49,6 +48,7 @@ from gfnem.tasks.grammar.messages import root_score, rule_scores
 from gfnem.tasks.grammar.model import GrammarModel, ParsingModel, check_latent
 from gfnem.tasks.grammar.ncfg import AnnotatedModel
 from gfnem.tasks.grammar.potentials import Grammar, Potentials
+from gfnem.tasks.grammar.text.corpus import Sentences
 from gfnem.tasks.grammar.tree import Trees
 
 # How fast old samples are forgotten in the counts of parents.

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gfnem.categorical import sample_categorical
-from gfnem.tasks.grammar.data import Sentences
+from gfnem.tasks.grammar.text.corpus import Sentences
 from gfnem.tasks.grammar.tree import Trees
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Float
@@ -20,10 +20,10 @@ from gfnem.model import LatentVariableModel
 from gfnem.posterior import Latents, Posterior
 from gfnem.posteriors.exact import TractableModel
 from gfnem.tasks.grammar import inside
-from gfnem.tasks.grammar.data import Corpus, GrammarData, Sentences, SplitName
 from gfnem.tasks.grammar.f1 import SpanCounts
 from gfnem.tasks.grammar.model import GrammarModel, ParsingModel
 from gfnem.tasks.grammar.ncfg import AnnotatedModel
+from gfnem.tasks.grammar.text.corpus import Corpus, GrammarData, Sentences
 from gfnem.tasks.grammar.tree import Trees
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class GrammarEvaluator:
     def __call__(
         self, model: LatentVariableModel, posterior: Posterior, split: str, final: bool = False
     ) -> Metrics:
-        corpus = self.data.split(cast(SplitName, split))
+        corpus = self.data.split(split)
         figures: dict[str, list[Tensor]] = {}
         counts: dict[str, list[SpanCounts]] = {}
         with inference(model, posterior):

@@ -18,7 +18,6 @@ from gfnem.posterior import Latents
 from gfnem.posteriors.exact import TractableModel
 from gfnem.posteriors.importance import PriorModel
 from gfnem.tasks.grammar import inside
-from gfnem.tasks.grammar.data import Sentences
 from gfnem.tasks.grammar.derive import Rules, draw_sentences
 from gfnem.tasks.grammar.messages import (
     inside_scores,
@@ -29,6 +28,7 @@ from gfnem.tasks.grammar.messages import (
 )
 from gfnem.tasks.grammar.potentials import Grammar, Potentials
 from gfnem.tasks.grammar.shape_density import ShapeDensity
+from gfnem.tasks.grammar.text.corpus import Sentences
 from gfnem.tasks.grammar.tree import Trees
 from gfnem.tasks.grammar.tree_prior import TreePrior
 

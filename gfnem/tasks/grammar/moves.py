@@ -13,8 +13,8 @@ from torch import Tensor
 from gfnem.errors import UserError
 from gfnem.model import LatentVariableModel
 from gfnem.posteriors.mcmc import Moves
-from gfnem.tasks.grammar.data import Sentences
 from gfnem.tasks.grammar.model import GrammarModel
+from gfnem.tasks.grammar.text.corpus import Sentences
 from gfnem.tasks.grammar.tree import Trees
 
 

@@ -23,12 +23,12 @@ from gfnem.tasks.grammar.annotated import (
     ContextPotentials,
     DenseGrammar,
 )
-from gfnem.tasks.grammar.data import Sentences
 from gfnem.tasks.grammar.derive import Rules
 from gfnem.tasks.grammar.factored import FactoredPotentials, LowRankGrammar
 from gfnem.tasks.grammar.model import GrammarModel, Residual, check_positive
 from gfnem.tasks.grammar.shape_density import ShapeDensity
 from gfnem.tasks.grammar.spans import SpanTable
+from gfnem.tasks.grammar.text.corpus import Sentences
 from gfnem.tasks.grammar.tree import Trees
 from gfnem.tasks.grammar.tree_prior import TreePrior
 

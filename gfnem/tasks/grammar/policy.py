@@ -19,12 +19,12 @@ from gfnem.model import LatentVariableModel
 from gfnem.objectives import ScoredTrajectories
 from gfnem.posterior import LatentTable
 from gfnem.posteriors.gflownet import ON_POLICY, Behaviour, NumberedPolicy, Paths
-from gfnem.tasks.grammar.data import Sentences
 from gfnem.tasks.grammar.encoder import SpanEncoder, SpanEncoding
 from gfnem.tasks.grammar.env import LATER, Forest, ForestEnv, parents_time
 from gfnem.tasks.grammar.estimators import ForestEstimator
 from gfnem.tasks.grammar.model import GrammarModel
 from gfnem.tasks.grammar.potentials import MergePotentials
+from gfnem.tasks.grammar.text.corpus import Sentences
 from gfnem.tasks.grammar.tree import Trees
 
 Latent = Literal["shape", "labelled"]

@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn import functional
 
 from gfnem.errors import UserError
-from gfnem.tasks.grammar.brackets import Reading
-from gfnem.tasks.grammar.data import UNKNOWN, GrammarData, Vocabulary
 from gfnem.tasks.grammar.model import ParsingModel, check_positive
 from gfnem.tasks.grammar.potentials import Grammar
+from gfnem.tasks.grammar.text.brackets import Reading
+from gfnem.tasks.grammar.text.corpus import UNKNOWN, GrammarData, Vocabulary
 from gfnem.tasks.grammar.tree_prior import TreePrior
 
 # Rounds of as many draws as sentences are wanted.

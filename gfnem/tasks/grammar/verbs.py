@@ -11,9 +11,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from gfnem.em import EM
 from gfnem.errors import UserError
-from gfnem.tasks.grammar.data import GrammarData, Sentences
 from gfnem.tasks.grammar.evaluate import Decode, bracketed
 from gfnem.tasks.grammar.evaluate import parse as parse_batch
+from gfnem.tasks.grammar.text.corpus import GrammarData, Sentences
 
 BATCH = 64
 
@@ -101,14 +101,14 @@ def _note(words: list[str], data: GrammarData) -> tuple[str, bool]:
         return f"{words[0]!r} is one word, which has no tree", False
     if len(words) > data.max_length:
         return f"{len(words)} words, the model was made for at most {data.max_length}", False
-    unknown = [word for word in words if data.vocabulary.id(word.lower()) == 0]
+    unknown = [word for word in words if data.vocabulary.id(data.forms.form(word)) == 0]
     if len(unknown) == len(words):
         return "no word of it is known", True
     return f"unknown: {' '.join(unknown)}" if unknown else "", True
 
 
 def _batch(sentences: list[list[str]], data: GrammarData) -> Sentences:
-    word_ids = data.encode([[word.lower() for word in words] for words in sentences])
+    word_ids = data.encode(sentences)
     lengths = torch.tensor([len(words) for words in word_ids])
     ids = torch.full_like(lengths, -1)
     return Sentences(pad_sequence(word_ids, batch_first=True), lengths, ids)

@@ -12,8 +12,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from gfnem.errors import UserError
-from gfnem.tasks.grammar.brackets import Span
-from gfnem.tasks.grammar.data import Corpus, GrammarData, SplitName
+from gfnem.tasks.grammar.text.brackets import Span
+from gfnem.tasks.grammar.text.corpus import Corpus, GrammarData
 from gfnem.tasks.grammar.tree import Trees
 
 Binarization = Literal["right", "left"]
@@ -90,11 +90,11 @@ class ShapeData:
         random.Random(f"{self.seed} {epoch}").shuffle(order)
         return self._batches("train", order)
 
-    def batches(self, split: SplitName) -> list[Shapes]:
+    def batches(self, split: str) -> list[Shapes]:
         """All shapes of a split in a fixed order, from short to long."""
         return self._batches(split, self._shapes[split].lengths.argsort(stable=True).tolist())
 
-    def _batches(self, split: SplitName, order: Sequence[int]) -> list[Shapes]:
+    def _batches(self, split: str, order: Sequence[int]) -> list[Shapes]:
         shapes = self._shapes[split]
         batches = []
         for ids in torch.tensor(order).split(self.batch_size):

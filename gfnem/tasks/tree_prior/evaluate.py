@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -14,7 +14,6 @@ from gfnem.errors import UserError
 from gfnem.inference import device_of, inference
 from gfnem.model import LatentVariableModel
 from gfnem.posterior import Posterior
-from gfnem.tasks.grammar.data import SplitName
 from gfnem.tasks.grammar.f1 import SpanCounts
 from gfnem.tasks.grammar.tree import Trees
 from gfnem.tasks.grammar.tree_energy import Depth, RightBranching
@@ -71,10 +70,10 @@ class ShapeEvaluator:
         assert isinstance(model, ShapeModel)
         figures: dict[str, list[Tensor]] = {}
         counts = []
-        gold = self.data.trees.split(cast(SplitName, split)).gold
+        gold = self.data.trees.split(split).gold
         assert gold is not None
         with inference(model, posterior):
-            for x in self.data.batches(cast(SplitName, split)):
+            for x in self.data.batches(split):
                 x = x.to(device_of(model))
                 drawn: Trees = posterior.sample(model, x, self.samples).z
                 rated = _rate(model, x, drawn)

@@ -15,10 +15,10 @@ from gfnem.posterior import Latents
 from gfnem.posteriors.gflownet import Behaviour, GFlowNetPosterior
 from gfnem.posteriors.refinement import BackAndForth
 from gfnem.tasks.grammar.annotated import DenseGrammar
-from gfnem.tasks.grammar.data import Sentences
 from gfnem.tasks.grammar.env import LATER, Forest
 from gfnem.tasks.grammar.policy import ForestCondition, ForestPolicy
 from gfnem.tasks.grammar.root_flow import RootFlowPolicy
+from gfnem.tasks.grammar.text.corpus import Sentences
 from gfnem.tasks.grammar.tree import Trees
 from tests.tasks.grammar import annotated_oracle, oracle
 from tests.tasks.grammar.tiny import (

@@ -18,9 +18,10 @@ from gfnem.posteriors.refinement import BackAndForth
 from gfnem.tasks.grammar import inside
 from gfnem.tasks.grammar.annotated import AnnotatedPotentials
 from gfnem.tasks.grammar.chart import ChartPolicy
-from gfnem.tasks.grammar.data import Sentences, toy_english
 from gfnem.tasks.grammar.model import GrammarModel
 from gfnem.tasks.grammar.ncfg import NeuralNCFG
+from gfnem.tasks.grammar.text.corpus import Sentences
+from gfnem.tasks.grammar.text.sources import toy_english
 from gfnem.tasks.grammar.tree import Trees
 from gfnem.tasks.mixture.data import sampled
 from gfnem.tasks.mixture.model import starting_at

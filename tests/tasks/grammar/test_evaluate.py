@@ -13,13 +13,13 @@ from gfnem.model import LatentVariableModel
 from gfnem.posterior import EStep, Latents, Posterior
 from gfnem.posteriors.exact import ExactPosterior
 from gfnem.run import Run
-from gfnem.tasks.grammar import data as grammar_data
 from gfnem.tasks.grammar import inside
-from gfnem.tasks.grammar.data import Corpus, GrammarData
 from gfnem.tasks.grammar.evaluate import GrammarEvaluator, bracketed, parse
 from gfnem.tasks.grammar.f1 import SpanCounts
 from gfnem.tasks.grammar.model import ParsingModel
 from gfnem.tasks.grammar.potentials import Grammar
+from gfnem.tasks.grammar.text import sources as grammar_data
+from gfnem.tasks.grammar.text.corpus import Corpus, GrammarData
 from gfnem.tasks.grammar.tree_energy import Depth
 from gfnem.tasks.grammar.tree_prior import TreePrior
 from tests.tasks.grammar import oracle
@@ -54,7 +54,8 @@ class Data(GrammarData):
         if gold is not None:
             trees = [tree_of(*pair) for pair in zip(words, gold, strict=True)]
         word_ids = [torch.tensor(sentence) for sentence in sentences]
-        self.train = self.valid = self.test = Corpus(words, word_ids, gold, trees, {})
+        corpus = Corpus(words, word_ids, gold, trees, {})
+        self.corpora = dict.fromkeys(("train", "valid", "test"), corpus)
 
 
 def tree_of(words: list[str], spans: oracle.Shape):

@@ -12,10 +12,10 @@ from gfnem.em import EM
 from gfnem.errors import UserError
 from gfnem.posteriors.exact import ExactPosterior
 from gfnem.tasks.grammar.annotated import DenseGrammar
-from gfnem.tasks.grammar.data import toy_english
 from gfnem.tasks.grammar.evaluate import parse
 from gfnem.tasks.grammar.factored import LowRankGrammar
 from gfnem.tasks.grammar.ncfg import NeuralNCFG
+from gfnem.tasks.grammar.text.sources import toy_english
 from gfnem.tasks.grammar.tree import Trees
 from tests.tasks.grammar import annotated_oracle, oracle
 from tests.tasks.grammar.tiny import (

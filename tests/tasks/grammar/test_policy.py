@@ -11,9 +11,9 @@ from torch import Tensor
 
 from gfnem.errors import UserError
 from gfnem.posteriors.gflownet import Behaviour, Paths
-from gfnem.tasks.grammar.data import Sentences
 from gfnem.tasks.grammar.messages import inside_scores
 from gfnem.tasks.grammar.policy import ForestCondition, ForestPolicy
+from gfnem.tasks.grammar.text.corpus import Sentences
 from gfnem.tasks.grammar.tree import Trees
 from tests.tasks.discrete_vae.tiny import make_model as make_vae
 from tests.tasks.grammar import oracle

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from gfnem.errors import UserError
-from gfnem.tasks.grammar.data import Sentences
 from gfnem.tasks.grammar.model import NeuralPCFG
+from gfnem.tasks.grammar.text.corpus import Sentences
 from gfnem.tasks.grammar.transformer import TransformerPolicy
 from gfnem.tasks.grammar.tree import Trees
 

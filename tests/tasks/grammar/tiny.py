@@ -15,7 +15,6 @@ from scipy.stats import chisquare
 from torch import Tensor, nn
 
 from gfnem.tasks.grammar.annotated import DenseGrammar
-from gfnem.tasks.grammar.data import Sentences
 from gfnem.tasks.grammar.env import ForestEnv
 from gfnem.tasks.grammar.factored import LowRankGrammar
 from gfnem.tasks.grammar.light import LightPolicy
@@ -24,6 +23,7 @@ from gfnem.tasks.grammar.ncfg import AnnotatedModel
 from gfnem.tasks.grammar.policy import ForestPolicy, Latent
 from gfnem.tasks.grammar.potentials import Grammar
 from gfnem.tasks.grammar.root_flow import RootFlowPolicy
+from gfnem.tasks.grammar.text.corpus import Sentences
 from gfnem.tasks.grammar.transformer import TransformerPolicy
 from gfnem.tasks.grammar.tree import Trees
 from gfnem.tasks.grammar.tree_prior import TreePrior

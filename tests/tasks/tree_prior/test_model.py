@@ -13,7 +13,7 @@ from gfnem.errors import UserError
 from gfnem.posterior import Latents
 from gfnem.posteriors.mcmc import MCMC
 from gfnem.run import Run
-from gfnem.tasks.grammar.data import toy_english
+from gfnem.tasks.grammar.text.sources import toy_english
 from gfnem.tasks.grammar.tree import Trees
 from gfnem.tasks.grammar.tree_energy import trained_network
 from gfnem.tasks.tree_prior.data import ShapeData, Shapes

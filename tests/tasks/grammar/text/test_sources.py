@@ -16,12 +16,11 @@ import pytest
 from nltk import Tree
 
 from gfnem.errors import UserError
-from gfnem.tasks.grammar import data as data_module
-from gfnem.tasks.grammar.brackets import Reading, gold_spans, read_trees, tokenize
-from gfnem.tasks.grammar.data import (
+from gfnem.tasks.grammar.text import sources as data_module
+from gfnem.tasks.grammar.text.brackets import Reading, gold_spans, read_trees
+from gfnem.tasks.grammar.text.corpus import GrammarData, Vocabulary
+from gfnem.tasks.grammar.text.sources import (
     SECTIONS_IN,
-    GrammarData,
-    Vocabulary,
     bracketed,
     gum,
     penn_treebank,
@@ -29,7 +28,8 @@ from gfnem.tasks.grammar.data import (
     toy_english,
     treebank,
 )
-from gfnem.tasks.grammar.toy_english import RULES, WORDS
+from gfnem.tasks.grammar.text.toy_english import RULES, WORDS
+from gfnem.tasks.grammar.text.words import PLAIN
 
 # Two trees over several lines, the first with a trace under an empty constituent, quotes,
 # brackets, a currency sign and a unary chain.
@@ -106,7 +106,7 @@ def test_tags_of_punctuation(tmp_path: Path, tag: str):
 
 def test_tokenize_removes_punctuation_alone():
     line = "The U.S. -LRB- `` it 's 5 % '' -RRB- — well-known … & $ 3 ."
-    assert tokenize(line) == ["the", "u.s.", "it", "'s", "5", "%", "well-known", "&", "$", "3"]
+    assert PLAIN.words(line) == ["the", "u.s.", "it", "'s", "5", "%", "well-known", "&", "$", "3"]
 
 
 # Vocabulary and batches.

@@ -13,14 +13,14 @@ marks NFP, which are punctuation; ADD, AFX, GW, SYM and XX are words, like every
 from __future__ import annotations
 
 import re
-import unicodedata
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gfnem.errors import UserError
+from gfnem.tasks.grammar.text.words import BRACKETS, PLAIN, WordForms, is_punctuation, unescaped
 
 if TYPE_CHECKING:
     from nltk import Tree
@@ -29,10 +29,7 @@ Span = tuple[int, int]
 
 TRACE = "-NONE-"
 CURRENCY = frozenset({"$", "#"})
-BRACKETS = frozenset({"-LRB-", "-RRB-", "-LSB-", "-RSB-", "-LCB-", "-RCB-"})
 PUNCTUATION = BRACKETS | {",", ".", ":", "``", "''", '"', "HYPH", "NFP"}
-# Marks that are read out: "%" and "&" are words in the Penn Treebank too.
-SPOKEN = frozenset("%&#@")
 
 TREE_FILES = frozenset({".mrg", ".ptb", ".prd", ".tree", ".trees", ".bracket", ".brackets", ".txt"})
 
@@ -58,17 +55,39 @@ class Reading:
             trees=None if self.trees is None else [self.trees[i] for i in indices],
         )
 
+    def __add__(self, other: Reading) -> Reading:
+        """Put others behind these; without trees where either has none."""
+        both = None if self.trees is None or other.trees is None else self.trees + other.trees
+        return Reading(self.sentences + other.sentences, both)
+
+    def as_text(self, forms: WordForms) -> Reading:
+        """Write the words of trees as those of raw text are written.
+
+        What raw text cannot tell from punctuation is no word here either.
+        """
+        if self.trees is None:
+            return self
+        return Reading.of_trees([_as_text(tree, forms) for tree in self.trees])
+
     @staticmethod
     def of_trees(trees: list[Tree]) -> Reading:
         return Reading([tree.leaves() for tree in trees], trees)
 
 
-def read_lines(file: Path) -> Reading:
-    """Raw sentences, one a line; there are no trees.
+def read_lines(file: Path, forms: WordForms = PLAIN) -> Reading:
+    """Read raw sentences, one a line; there are no trees.
 
     Raises UserError for a file that is missing, empty or not UTF-8.
     """
-    return Reading([tokenize(line) for line in read_text(file).splitlines()], None)
+    return Reading([forms.words(line) for line in read_text(file).splitlines()], None)
+
+
+def holds_trees(file: Path) -> bool:
+    """Tell whether a file begins as bracketed trees do, with two brackets and no word between.
+
+    Raises UserError for a file that is missing, empty or not UTF-8.
+    """
+    return re.match(r"\s*\(\s*[^\s()]*\s*\(", read_text(file)) is not None
 
 
 def read_trees(file: Path | zipfile.Path, keep_currency: bool = True) -> list[Tree]:
@@ -171,6 +190,26 @@ def clean(tree: Tree, removed: frozenset[str]) -> Tree | None:
     return Tree(tree.label(), children) if children else None
 
 
+def with_words(tree: Tree, form: Callable[[str], str | None]) -> Tree:
+    """Write each word of a tree in another form; None leaves it out, and empty constituents."""
+    return _with_words(tree, form) or tree.__class__(tree.label(), [])
+
+
+def _with_words(tree: Tree, form: Callable[[str], str | None]) -> Tree | None:
+    children = []
+    for child in tree:
+        child = form(child) if isinstance(child, str) else _with_words(child, form)
+        if child is not None:
+            children.append(child)
+    return tree.__class__(tree.label(), children) if children else None
+
+
+def _as_text(tree: Tree, forms: WordForms) -> Tree:
+    return with_words(
+        tree, lambda word: None if is_punctuation(word) else forms.form(unescaped(word))
+    )
+
+
 def gold_spans(tree: Tree) -> frozenset[Span]:
     """The unlabelled spans (start, end) of two or more words, the whole sentence included."""
     spans: set[Span] = set()
@@ -187,20 +226,3 @@ def gold_spans(tree: Tree) -> frozenset[Span]:
 
     end_of(tree, 0)
     return frozenset(spans)
-
-
-def tokenize(line: str) -> list[str]:
-    """The words between spaces, lower-cased; tokens that are punctuation and no more are removed.
-
-    Without tags, what is a word is told by its characters, so that a plural's possessive "'" is
-    lost here and kept in trees.
-    """
-    return [word.lower() for word in line.split() if not is_punctuation(word)]
-
-
-def is_punctuation(word: str) -> bool:
-    """Whether a word is made of punctuation marks, or is a bracket in the treebanks' spelling."""
-    return word.upper() in BRACKETS or all(
-        mark == "`" or (unicodedata.category(mark)[0] == "P" and mark not in SPOKEN)
-        for mark in word
-    )

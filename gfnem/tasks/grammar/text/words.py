@@ -1,0 +1,94 @@
+"""How a word is written before it is looked up in a vocabulary.
+
+Words are lower-cased in any case. Text that no treebank has prepared can be brought nearer to the
+Penn Treebank's way of writing: clitics are words of their own (`do n't`, `he 'll`, `man 's`,
+`can not`), and so are currency signs and `%` beside numbers. Numbers, of which no two texts have
+the same, can become one word.
+
+    >>> forms = WordForms(merge_numbers=True, split_clitics=True)
+    >>> forms.words("They don't pay $3.50")
+    ['they', 'do', "n't", 'pay', '$', '<num>']
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+NUMBER = "<num>"
+
+BRACKETS = frozenset({"-LRB-", "-RRB-", "-LSB-", "-RSB-", "-LCB-", "-RCB-"})
+# Marks that are read out: "%" and "&" are words in the Penn Treebank too.
+SPOKEN = frozenset("%&#@")
+
+# Digits with marks between them: 1,000.5, 3/4 (3\/4 in treebanks), 1960-61, 10:30, $.50, 5%.
+_NUMBER = re.compile(r"[-+]?[$£€#]?[-+]?(?=[^\d]*\d)[\d.,:/\\-]+%?")
+_BESIDE_NUMBER = re.compile(r"([$£€#]?)([-+]?[\d.,:/-]*\d[\d.,:/-]*)(%?)")
+_CLITIC = re.compile(r"(.+?)(n't|'(?:s|m|d|re|ve|ll))", re.IGNORECASE)
+_CONTRACTION = re.compile(
+    r"(can)(not)|(gon|wan)(na)|(got)(ta)|(gim|lem)(me)|('t)(is|was)", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class WordForms:
+    """Which words are written alike.
+
+    merge_numbers: every number is `<num>`.
+    split_clitics: clitics of raw text are words of their own, and `$` and `%` beside numbers.
+    """
+
+    merge_numbers: bool = False
+    split_clitics: bool = False
+
+    def form(self, word: str) -> str:
+        """Give the form that stands in the vocabulary; a form is its own form."""
+        if self.merge_numbers and _NUMBER.fullmatch(word):
+            return NUMBER
+        return word.lower()
+
+    def words(self, line: str) -> list[str]:
+        """Split a line of raw text at its spaces; what is punctuation and no more is removed.
+
+        Without tags, what is a word is told by its characters, so that a plural's possessive "'"
+        is lost here and kept in trees.
+        """
+        return [
+            self.form(word)
+            for token in line.split()
+            if not is_punctuation(token)
+            for word in self.split(token)
+            if not is_punctuation(word)
+        ]
+
+    def split(self, token: str) -> list[str]:
+        """Split a token of raw text as the Penn Treebank does; only with `split_clitics`."""
+        return list(_split(token.replace("’", "'"))) if self.split_clitics else [token]
+
+
+PLAIN = WordForms()
+
+
+def _split(token: str) -> Iterator[str]:
+    if (found := _BESIDE_NUMBER.fullmatch(token)) or (found := _CONTRACTION.fullmatch(token)):
+        yield from filter(None, found.groups())
+    elif found := _CLITIC.fullmatch(token):
+        yield from _split(found[1])
+        yield found[2]
+    else:
+        yield token
+
+
+def unescaped(word: str) -> str:
+    """Undo the Penn Treebank's backslashes: 3/4 for 3\\/4, * for \\*."""
+    return word.replace("\\/", "/").replace("\\*", "*")
+
+
+def is_punctuation(word: str) -> bool:
+    """Tell whether a word is made of punctuation marks, or is a bracket in treebanks' spelling."""
+    return word.upper() in BRACKETS or all(
+        mark == "`" or (unicodedata.category(mark)[0] == "P" and mark not in SPOKEN)
+        for mark in word
+    )
