@@ -41,6 +41,7 @@ KEPT = (
     "optimizer",
     "schedule",
     "em.warmup",
+    "em.average",
 )
 # Options of the stored configuration that mean something to a verb that reads a run.
 EVALUATE_TAKES = ("data", "device", "threads", "evaluator")

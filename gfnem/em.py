@@ -7,7 +7,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -18,6 +19,7 @@ from gfnem.errors import UserError
 from gfnem.model import ClosedFormModel, LatentVariableModel
 from gfnem.posterior import EStep, Latents, Posterior
 from gfnem.schedule import Alternation, Schedule
+from gfnem.training.average import AveragedWeights
 
 if TYPE_CHECKING:
     from gfnem.run import Run
@@ -169,6 +171,8 @@ class EM:
     model_optimizer, posterior_optimizer: called with parameter groups.
     model_clip, posterior_clip: largest norms of the gradients.
     warmup: steps over which both learning rates rise.
+    average: decay of the exponential moving average of all weights, taken after each M-step, that
+        is rated and kept in the place of the weights themselves; None for no average.
     evaluator: rates the model every `evaluate_every` M-steps (E-steps where there are no M-steps)
         and at the end.
     log_every: batches between two lines of metrics.
@@ -190,6 +194,7 @@ class EM:
         model_clip: float | None = 3.0,
         posterior_clip: float | None = 5.0,
         warmup: int = 0,
+        average: float | None = None,
         evaluator: Evaluator | None = None,
         evaluate_every: int = 100,
         log_every: int = 20,
@@ -213,6 +218,8 @@ class EM:
         for name, clip in (("model_clip", model_clip), ("posterior_clip", posterior_clip)):
             if clip is not None and not clip > 0:
                 raise UserError(f"em.{name} is {clip}; it must be positive, or null for none")
+        if average is not None and not 0 <= average < 1:
+            raise UserError(f"em.average is {average}; it must be from 0 to below 1, or null")
         if m_steps == 0 and max_e_steps is None and max_seconds is None:
             raise UserError(
                 "em.m_steps=0 trains the posterior alone: say when to stop, by em.max_e_steps or "
@@ -262,6 +269,9 @@ class EM:
                 f"posterior.m_step=closed needs a model that knows its maximum; "
                 f"{type(model).__name__} does not: take an m_step by gradient"
             )
+        self.average = (
+            None if average is None else AveragedWeights([self.model, self.posterior], average)
+        )
         self.m_steps = self.e_steps = 0
         self.batches_seen = self.epoch = self.position = 0
         self.seconds = 0.0
@@ -306,6 +316,8 @@ class EM:
                     m_step_due = True
                 else:
                     m_step_due = self._alternate(x)
+            if self.average is not None and (m_step_due or self._frozen):
+                self.average.update()
             self.batches_seen += 1
             self.seconds = self._now() - began
             if self.batches_seen % self.log_every == 0:
@@ -458,7 +470,8 @@ class EM:
     def _evaluate(self) -> None:
         best = True
         if self.evaluator is not None:
-            self.latest = self.evaluate("valid")
+            with self._rated_weights():
+                self.latest = self.evaluate("valid")
             selection = self.evaluator.selection
             if selection not in self.latest:
                 raise UserError(
@@ -475,6 +488,10 @@ class EM:
             self.best_m_steps = self.m_steps
         self.evaluated = self._steps
         self._save(best)
+
+    def _rated_weights(self) -> AbstractContextManager[None]:
+        """The weights that are rated and kept in place of those that are trained."""
+        return nullcontext() if self.average is None else self.average.in_place()
 
     def evaluate(self, split: str, final: bool = False) -> Metrics:
         """Rate model and posterior on a split; training goes on as if it had not happened."""
@@ -510,6 +527,8 @@ class EM:
                 summary.update(state["latest"])
             else:
                 summary["train/best_m_steps"] = self.m_steps
+                if self.average is not None:
+                    self.average.put_in_place()
             summary.update(self.evaluate("test", final=True))
             if self.run is not None:
                 self.evaluator.report(self.model, self.posterior, self.run)
@@ -522,11 +541,15 @@ class EM:
             self.run.save_checkpoint(self.state_dict(), best)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a run needs to go on."""
+        """All that a run needs to go on; model and posterior have the weights that are rated."""
+        with self._rated_weights():
+            networks = {"model": self.model.state_dict(), "posterior": self.posterior.state_dict()}
+            if self.average is not None:
+                networks = deepcopy(networks)
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         return {
-            "model": self.model.state_dict(),
-            "posterior": self.posterior.state_dict(),
+            **networks,
+            "average": self.average and self.average.state_dict(),
             "model_trainer": self.model_trainer.state_dict(),
             "posterior_trainer": self.posterior_trainer and self.posterior_trainer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -541,6 +564,8 @@ class EM:
         """Go on where `state_dict` was taken."""
         self.model.load_state_dict(state["model"])
         self.posterior.load_state_dict(state["posterior"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self.model_trainer.load_state_dict(state["model_trainer"])
         if self.posterior_trainer is not None:
             self.posterior_trainer.load_state_dict(state["posterior_trainer"])

@@ -263,6 +263,8 @@ def plain(state: Any) -> Any:
         return state.tolist()
     if isinstance(state, dict):
         return {key: plain(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [plain(value) for value in state]
     return state
 
 
@@ -870,7 +872,8 @@ def adaptive(run: Run, data: Urn | None = None, **options: Any) -> EM:
     schedule = AdaptiveThreshold(maximum=1.9, minimum=1.7, horizon=10, decay=0.8)
     return EM(
         Mixture(), Table(), data or Urn(), m_steps=100, max_e_steps=26, schedule=schedule,
-        evaluate_every=5, log_every=4, warmup=12, run=run, seed=0, **optimizers(), **options,
+        evaluate_every=5, log_every=4, warmup=12, average=0.7, run=run, seed=0, **optimizers(),
+        **options,
     )  # fmt: skip
 
 
@@ -928,6 +931,27 @@ def test_reference_holds_what_its_tests_need(reference: Reference) -> None:
     assert [line["train/m_steps"] for line in rated] == [5, 10, 15, m_steps]
     assert m_steps in (16, 17) and reference.summary["train/e_steps"] != m_steps
     assert sum('"train/m_loss"' in line for line in reference.lines) >= 5
+
+
+def test_average_of_weights_is_rated_and_kept(run: Run) -> None:
+    class Noting(Mixture):
+        def m_step_done(self, m_steps: int) -> None:
+            trained.append(self.symbol.detach().clone())
+
+    trained: list[Tensor] = []
+    rater = Rater()
+    em = EM(
+        Noting(), Table(), Urn(), m_steps=3, evaluate_every=1, average=0.2, run=run, seed=0,
+        evaluator=rater, **optimizers(),
+    )  # fmt: skip
+    average = Mixture().symbol.detach()
+    em.fit()
+    for decay, weights, valid in zip((0.1, 2 / 11, 0.2), trained, rater.rated, strict=False):
+        average = decay * average + (1 - decay) * weights
+        torch.testing.assert_close(valid, average)
+    torch.testing.assert_close(run.load_checkpoint("last")["model"]["symbol"], average)
+    with pytest.raises(UserError, match="em.average is 1; it must be from 0 to below 1, or null"):
+        EM(Mixture(), Table(), Urn(), m_steps=3, average=1)
 
 
 @pytest.mark.parametrize(
