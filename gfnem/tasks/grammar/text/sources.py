@@ -264,19 +264,18 @@ def text(
     """
     forms = WordForms(merge_numbers, split_clitics)
     given = {"train": train, "valid": valid, "test": test}
-    readings = {
+    files = {
         split: _read_files(paths, keep_currency, forms)
         for split, paths in given.items()
         if paths is not None
     }
-    if merge_numbers or any(reading.trees is None for reading in readings.values()):
-        readings = {split: reading.as_text(forms) for split, reading in readings.items()}
+    raw = any(reading.trees is None for readings in files.values() for reading in readings)
+    joined = {
+        split: reduce(add, (r.as_text(forms) if raw or merge_numbers else r for r in readings))
+        for split, readings in files.items()
+    }
     splits = _cut(
-        readings["train"],
-        readings.get("valid"),
-        readings.get("test"),
-        valid_fraction,
-        test_fraction,
+        joined["train"], joined.get("valid"), joined.get("test"), valid_fraction, test_fraction
     )
     return GrammarData(
         "text", *splits, min_length, max_length, min_count, batch_size, seed, forms=forms
@@ -321,15 +320,14 @@ def _read_bracketed(paths: str | Sequence[str], keep_currency: bool) -> Reading:
     return _read_trees((file for path in paths for file in tree_files(Path(path))), keep_currency)
 
 
-def _read_files(paths: str | Sequence[str], keep_currency: bool, forms: WordForms) -> Reading:
-    """Raw sentences and trees; without trees where any file is raw."""
+def _read_files(paths: str | Sequence[str], keep_currency: bool, forms: WordForms) -> list[Reading]:
+    """Read files of raw sentences and of trees, each on its own."""
     paths = [paths] if isinstance(paths, str) else paths
-    readings = [
+    return [
         _read_trees([file], keep_currency) if holds_trees(file) else read_lines(file, forms)
         for path in paths
         for file in tree_files(Path(path))
     ]
-    return reduce(add, readings)
 
 
 def _data_folder(name: str, dir: str | None) -> Path:

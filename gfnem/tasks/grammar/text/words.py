@@ -55,13 +55,14 @@ class WordForms:
         Without tags, what is a word is told by its characters, so that a plural's possessive "'"
         is lost here and kept in trees.
         """
-        return [
-            self.form(word)
-            for token in line.split()
-            if not is_punctuation(token)
-            for word in self.split(token)
-            if not is_punctuation(word)
-        ]
+        words = []
+        for token in line.split():
+            if is_punctuation(token):
+                continue
+            # A plural's possessive cannot be told from a closing quotation mark.
+            token = token.rstrip("'’") if self.split_clitics else token
+            words += [self.form(word) for word in self.split(token) if not is_punctuation(word)]
+        return words
 
     def split(self, token: str) -> list[str]:
         """Split a token of raw text as the Penn Treebank does; only with `split_clitics`."""

@@ -284,6 +284,39 @@ def test_describe_accounts_for_all_that_was_read(tmp_path: Path):
     assert data.describe() == f"text: train {part}; valid {part}; test {part}; 3 words known"
 
 
+# Raw text and trees from different files.
+
+
+def test_raw_text_with_trees_to_rate_by(tmp_path: Path):
+    raw = write(tmp_path, "raw.txt", "The dogs' owner can't pay $5 .\nboys bark\n")
+    trees = write(
+        tmp_path,
+        "valid.ptb",
+        "(S (NP (NNS boys) (POS ') (NN dogs)) (VP (MD ca) (RB n't) (VB bark)))\n"
+        "(S (NP (NN and\\/or)) (VP (CD 1\\/2)))",
+    )
+    data = text(train=raw, valid=trees, test=raw, min_count=1, split_clitics=True)
+    assert data.train.sentences[0] == ["the", "dogs", "owner", "ca", "n't", "pay", "$", "5"]
+    assert (data.train.gold, data.test.gold) == (None, None)
+    # The possessive is no word of raw text, nor are the treebank's backslashes.
+    assert data.valid.sentences == [["boys", "dogs", "ca", "n't", "bark"], ["and/or", "1/2"]]
+    assert data.valid.gold == [frozenset({(0, 5), (0, 2), (2, 5)}), frozenset({(0, 2)})]
+    merged = text(train=raw, valid=trees, test=raw, min_count=1, merge_numbers=True)
+    assert merged.valid.sentences[1] == ["and/or", "<num>"]
+    assert merged.train.sentences[0] == ["the", "dogs'", "owner", "can't", "pay", "<num>"]
+
+
+def test_trees_alone_keep_their_words(tmp_path: Path):
+    trees = write(tmp_path, "a.ptb", "(S (NP (NNS boys) (POS ')) (VBP bark))")
+    data = text(train=trees, valid=trees, test=trees, min_count=1)
+    assert data.train.sentences == [["boys", "'", "bark"]]
+    assert data.train.gold == [frozenset({(0, 3), (0, 2)})]
+    lines = write(tmp_path, "raw.txt", "( not a tree )\n( S x )")
+    both = text(train=[trees, lines], valid=trees, test=trees, min_count=1)
+    assert both.train.sentences == [["boys", "bark"], ["not", "a", "tree"], ["s", "x"]]
+    assert both.train.gold is None and both.valid.gold == [frozenset({(0, 2)})]
+
+
 # Real data.
 
 
