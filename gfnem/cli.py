@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from gfnem.build import Built
-    from gfnem.em import EM
+    from gfnem.em import EM, Metrics
     from gfnem.run import Run
 
 DONE, USER_ERROR, INTERRUPTED = 0, 2, 130
@@ -217,7 +217,7 @@ def _fit(built: Built, run: Run, overrides: Sequence[str] = ()) -> int:
 
 
 def _use_run(verb: str, overrides: list[str]) -> int:
-    """Do with a trained model what a verb says: evaluate, or one that the run's task brings."""
+    """Do with trained models what a verb says: evaluate, or one that the runs' task brings."""
     of_run, overrides = _split(overrides, {"run": str, "checkpoint": Literal["best", "last"]})
     if "run" not in of_run:
         raise UserError(
@@ -226,34 +226,75 @@ def _use_run(verb: str, overrides: list[str]) -> int:
         )
     from gfnem.run import Run
 
-    directory = Path(of_run["run"])
-    stored = Run.open(directory)
+    several = of_run["run"].startswith("[")
+    directories = _directories(of_run["run"]) if several else [of_run["run"]]
+    runs = {directory: Run.open(directory) for directory in directories}
     from hydra.utils import get_method
 
     from gfnem.build import build
     from gfnem.config import compose_stored
     from gfnem.signatures import annotations_of
 
-    verbs = {"evaluate": "gfnem.cli.evaluate", **stored.config["verbs"]}
-    if verb not in verbs:
-        raise UserError(f"there is no verb {verb} for this run: use {', '.join(verbs)}")
-    call = get_method(verbs[verb])
+    call = get_method(_call_of(verb, runs, several))
     options, overrides = _split(overrides, annotations_of(call))
-    takes = EVALUATE_TAKES if verb == "evaluate" else TASK_VERB_TAKES
+    takes = EVALUATE_TAKES if verb == "evaluate" and not several else TASK_VERB_TAKES
     _refuse(overrides, lambda key: not _is_under(key, takes), f"it means nothing to {verb}")
-    config = compose_stored(directory, overrides)
-    state = stored.load_checkpoint(of_run.get("checkpoint", "best"))
-    em = build(config).em
-    em.model.load_state_dict(state["model"])
-    em.posterior.load_state_dict(state["posterior"])
-    for line in call(em, **options):
+    trained = {}
+    for directory, run in runs.items():
+        config = compose_stored(run.path, overrides)
+        state = run.load_checkpoint(of_run.get("checkpoint", "best"))
+        trained[directory] = em = build(config).em
+        em.model.load_state_dict(state["model"])
+        em.posterior.load_state_dict(state["posterior"])
+    result = call(trained if several else trained[of_run["run"]], **options)
+    for line in _lines(result) if isinstance(result, Mapping) else result:
         print(line)
     return DONE
 
 
-def evaluate(em: EM, split: Literal["train", "valid", "test"] = "test") -> Iterator[str]:
-    """Rate model and posterior on a split; gives lines with a metric each."""
-    yield from _lines(em.evaluate(split, final=True))
+def _directories(given: str) -> list[str]:
+    """The directories of several runs, a list in brackets."""
+    import yaml
+
+    try:
+        named = yaml.load(given, yaml.BaseLoader)  # which takes all items as text
+    except yaml.YAMLError:
+        named = None
+    if not named or not all(isinstance(name, str) for name in named):
+        raise UserError(f"run={given}: several runs are a list of directories, run=[DIR,DIR]")
+    paths = [Path(name).resolve() for name in named]
+    for number, name in enumerate(named):
+        if paths[number] in paths[:number]:
+            raise UserError(f"run={given}: {name} is there twice")
+    return named
+
+
+def _call_of(verb: str, runs: Mapping[str, Run], several: bool) -> str:
+    """What does what a verb says with a run, or with several of one task."""
+    calls = {}
+    for directory, run in runs.items():
+        verbs = {"evaluate": "gfnem.cli.evaluate", **run.config["verbs"]}
+        if verb not in verbs:
+            raise UserError(f"there is no verb {verb} for {directory}: use {', '.join(verbs)}")
+        of_several = run.config.get("ensemble_verbs", {})
+        if several and verb not in of_several:
+            raise UserError(
+                f"{directory} (task={run.config['task']}) has no ensemble_verbs.{verb} in its "
+                f"config.yaml: {verb} takes one such run, run=DIR"
+            )
+        calls[directory] = of_several[verb] if several else verbs[verb]
+    (first, call), *others = calls.items()
+    for directory, other in others:
+        if other != call:
+            raise UserError(
+                f"{directory} is not of the task of {first}, so that no {verb} is of both"
+            )
+    return call
+
+
+def evaluate(em: EM, split: Literal["train", "valid", "test"] = "test") -> Metrics:
+    """Rate model and posterior on a split."""
+    return em.evaluate(split, final=True)
 
 
 def _compare(arguments: list[str]) -> int:

@@ -14,7 +14,8 @@ usage:
   gfnem evaluate run=DIR [split=test]      rate a trained model
   gfnem parse run=DIR [file=FILE] [decode=mbr] [samples=16]
                                            sentences in, one a line (standard input by default),
-                                           bracketed trees out; decode is mbr, sample or viterbi
+                                           bracketed trees out; decode is mbr, marginals, sample
+                                           or viterbi
   gfnem generate run=DIR [n=16] [file=samples.png]
                                            sentences and their trees, drawn from the model, or a
                                            picture of images, written to file
@@ -27,6 +28,7 @@ usage:
                                            'reach=valid/posterior_gap<0.1' counts steps to there
 
   verbs with run=DIR read the best checkpoint; checkpoint=last reads the last one.
+  parse and evaluate take several grammars, 'run=[DIR,DIR]': trees of their averaged span marginals.
 
 flags:
   -h, --help          this text

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -376,6 +377,78 @@ class TestParse:
         assert all(len(node) in (1, 2) for node in tree.subtrees())
 
 
+class TestEnsemble:
+    @pytest.fixture
+    def other(self, tiny: list[str], no_report: None) -> Path:
+        """A run of other sentences, shorter ones, and so of another vocabulary."""
+        of_exact = [option for option in tiny if option not in GFLOWNET]
+        fewer = ["data.train_sentences=20", "data.max_length=6", "posterior=exact"]
+        assert main([*of_exact, *fewer, "run_dir=other"]) == 0
+        return Path("other")
+
+    def test_parses_and_rates_several_runs(
+        self, trained: Path, other: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        lines = ["anna saw boris", " ".join(["anna"] * 7), "anna saw Xyzzy"]
+        Path("sentences.txt").write_text("\n".join(lines) + "\n")
+        capsys.readouterr()
+        assert main(["parse", f"run=[{trained}, other]", "file=sentences.txt"]) == 0
+        captured = capsys.readouterr()
+        first, none, last = captured.out.splitlines()
+        assert none == ""
+        for line, tree in ((lines[0], first), (lines[2], last)):
+            assert Tree.fromstring(tree).leaves() == line.split()
+            assert tree.startswith("(S ") and "(X " in tree
+        assert captured.err.splitlines() == [
+            "line 2: other: 7 words, the model was made for at most 6",
+            f"line 3: {trained}: unknown: Xyzzy; other: unknown: Xyzzy",
+        ]
+        assert main(["evaluate", f"run=[{trained},other]", "split=valid", "checkpoint=last"]) == 0
+        captured = capsys.readouterr()
+        printed = dict(line.split() for line in captured.out.splitlines())
+        assert list(printed) == [
+            f"valid/{f1}_f1_{name}"
+            for name in ("ensemble", f"marginals/{trained}", "marginals/other")
+            for f1 in ("sentence", "corpus")
+        ]
+        assert all(0 <= float(f1) <= 100 for f1 in printed.values())
+        assert "sentences are left out: other was made for at most 6 words" in captured.err
+
+    def test_one_run_is_an_ensemble_too(
+        self, other: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        Path("sentences.txt").write_text("anna saw boris\nthe old king saw anna\n")
+        capsys.readouterr()
+        assert main(["parse", "run=other", "decode=marginals", "file=sentences.txt"]) == 0
+        single = capsys.readouterr().out.splitlines()
+        assert main(["parse", "run=[other]", "file=sentences.txt"]) == 0
+        unlabelled = capsys.readouterr().out.splitlines()
+        for labelled, tree in zip(single, unlabelled, strict=True):
+            (own,) = Tree.fromstring(re.sub(r"\(N\d ", "(X ", labelled))
+            assert isinstance(own, Tree)
+            own.set_label("S")
+            assert own == Tree.fromstring(tree)
+
+    def test_other_tasks_and_older_runs_are_refused(
+        self, trained: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for name, change in (
+            ("older", {"ensemble_verbs": None}),
+            ("images", {"task": "discrete_vae", "ensemble_verbs": None}),
+            ("mine", {"task": "mine", "ensemble_verbs": {"evaluate": "mine.evaluate"}}),
+        ):
+            shutil.copytree(trained, name)
+            config = yaml.safe_load(Path(name, "config.yaml").read_text()) | change
+            config = {key: value for key, value in config.items() if value is not None}
+            Path(name, "config.yaml").write_text(yaml.safe_dump(config))
+        for name, message in (
+            ("older", "older (task=grammar) has no ensemble_verbs.evaluate in its config.yaml"),
+            ("images", "images (task=discrete_vae) has no ensemble_verbs.evaluate in its"),
+            ("mine", f"mine is not of the task of {trained}, so that no evaluate is of both"),
+        ):
+            assert message in failing(["evaluate", f"run=[{trained},{name}]"], capsys)
+
+
 class TestGenerate:
     def test_draws_sentences_with_their_trees(
         self, trained: Path, capsys: pytest.CaptureFixture[str]
@@ -674,11 +747,20 @@ MISTAKES_WITH_A_RUN = [
     (["evaluate", "run=RUN", "split=tset"], "split=tset: it must be one of train, valid, test"),
     (["evaluate", "run=RUN", "checkpoint=3"], "checkpoint=3: it must be one of best, last"),
     (["evaluate", "run=RUN", "em.m_steps=3"], "em.m_steps=3: it means nothing to evaluate"),
-    (["frobnicate", "run=RUN"], "there is no verb frobnicate for this run: use evaluate, parse"),
+    (["frobnicate", "run=RUN"], "there is no verb frobnicate for RUN: use evaluate, parse"),
     (["parse", "run=RUN", "file=nosuch.txt"], "file=nosuch.txt cannot be read"),
-    (["parse", "run=RUN", "decode=best"], "decode=best: it must be one of mbr, sample, viterbi"),
+    (["parse", "run=RUN", "decode=best"], "decode=best: it must be one of mbr, marginals, sample"),
     (["parse", "run=RUN", "samples=[1"], "samples=[1: it must be a whole number"),
     (["parse", "run=RUN", "samples=0"], "samples is 0"),
+    (["parse", "run=[]"], "run=[]: several runs are a list of directories, run=[DIR,DIR]"),
+    (["parse", "run=[RUN"], "run=[RUN: several runs are a list of directories"),
+    (["parse", "run=[RUN,[RUN]]"], "run=[RUN,[RUN]]: several runs are a list of directories"),
+    (["parse", "run=[RUN,RUN/.]"], "run=[RUN,RUN/.]: RUN/. is there twice"),
+    (["parse", "run=[RUN,nosuch]"], "run directory nosuch does not exist"),
+    (["parse", "run=[RUN]", "decode=viterbi"], "decode=viterbi is of one run: several are decoded"),
+    (["evaluate", "run=[RUN]", "evaluator.samples=3"], "evaluator.samples=3: it means nothing to"),
+    (["frobnicate", "run=[RUN]"], "there is no verb frobnicate for RUN: use evaluate, parse"),
+    (["generate", "run=[RUN]"], "RUN (task=grammar) has no ensemble_verbs.generate in its config"),
     (["generate", "run=RUN", "n=0"], "n is 0"),
     (["generate", "run=RUN", "n=many"], "n=many: it must be a whole number"),
 ]
@@ -696,7 +778,7 @@ def test_mistake_with_a_run(
     given = [argument.replace("RUN", str(trained)) for argument in arguments]
     if given[0].startswith("run_dir"):
         given = [*tiny, *given]
-    assert message in failing(given, capsys)
+    assert message.replace("RUN", str(trained)) in failing(given, capsys)
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
 
 

@@ -19,7 +19,7 @@ from gfnem.inference import device_of, inference, log_mean_exp
 from gfnem.model import LatentVariableModel
 from gfnem.posterior import Latents, Posterior
 from gfnem.posteriors.exact import TractableModel
-from gfnem.tasks.grammar import inside
+from gfnem.tasks.grammar import ensemble, inside
 from gfnem.tasks.grammar.f1 import SpanCounts
 from gfnem.tasks.grammar.model import GrammarModel, ParsingModel
 from gfnem.tasks.grammar.ncfg import AnnotatedModel
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from gfnem.run import Run
 
-Decode = Literal["mbr", "sample", "viterbi"]
+Decode = Literal["mbr", "marginals", "sample", "viterbi"]
 
 # Shorter sentences have too few trees to tell a posterior that has collapsed from one that has not.
 LONG = 8
@@ -356,6 +356,7 @@ def parse(
 
     words: of each sentence as they are to be shown.
     decode: "mbr", the minimum-Bayes-risk tree of the span frequencies of `samples` draws of q;
+        "marginals", that of exact span marginals where there are any (`ensemble.span_marginals`);
         "sample", one draw of q; "viterbi", the best tree of a context-free grammar, whose tree
         prior, if any, has no part in it.
 
@@ -365,10 +366,13 @@ def parse(
     with inference(model, posterior):
         if decode == "mbr":
             trees = _minimum_bayes_risk(posterior.sample(model, x, samples).z)
+        elif decode == "marginals":
+            marginals = ensemble.span_marginals(model, posterior, x, samples)
+            trees = ensemble.decode_marginals(marginals, x.lengths)
         elif decode == "sample":
             trees = posterior.sample(model, x, 1).z
         elif decode != "viterbi":
-            raise UserError(f"decode is {decode!r}; use 'mbr', 'sample' or 'viterbi'")
+            raise UserError(f"decode is {decode!r}; use 'mbr', 'marginals', 'sample' or 'viterbi'")
         elif not isinstance(model, ParsingModel):
             raise UserError(
                 f"decode=viterbi needs a context-free grammar, which {type(model).__name__} is "
@@ -390,20 +394,8 @@ def bracketed(tree: Tree) -> str:
 
 
 def _minimum_bayes_risk(trees: Trees) -> Trees:
-    """The tree whose spans are the most frequent among each sentence's samples.
-
-    Ties are broken at random: always the same way, few samples would favour trees that branch to
-    one side, and right-branching is a strong baseline for English.
-    """
-    batch, samples, nodes = trees.start.shape
-    shape = (batch, nodes + 2, nodes + 2)
-    # All noise of one tree adds up to less than one occurrence of one span.
-    scores = torch.rand(shape, device=trees.start.device) / (nodes + 1)
-    sentence = torch.arange(batch, device=trees.start.device)[:, None, None]
-    once = scores.new_ones(()).expand(trees.start.shape)
-    index = sentence.expand_as(trees.start), trees.start, trees.end
-    scores.index_put_(index, once, accumulate=True)
-    return inside.minimum_bayes_risk(scores, trees.lengths)
+    """The tree whose spans are the most frequent among each sentence's samples."""
+    return ensemble.decode_marginals(ensemble.span_frequencies(trees), trees.lengths)
 
 
 def _log_weights(

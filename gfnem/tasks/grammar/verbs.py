@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-
-import torch
-from torch.nn.utils.rnn import pad_sequence
+from typing import TYPE_CHECKING
 
 from gfnem.em import EM
 from gfnem.errors import UserError
+from gfnem.tasks.grammar import ensemble
+from gfnem.tasks.grammar.ensemble import BATCH, data_of, encode
 from gfnem.tasks.grammar.evaluate import Decode, bracketed
 from gfnem.tasks.grammar.evaluate import parse as parse_batch
-from gfnem.tasks.grammar.text.corpus import GrammarData, Sentences
+from gfnem.tasks.grammar.text.corpus import GrammarData, check_least
 
-BATCH = 64
+if TYPE_CHECKING:
+    from nltk import Tree
 
 
 def parse(
@@ -31,24 +32,39 @@ def parse(
 
     Raises UserError for a file that cannot be read and for samples below 1.
     """
-    if samples < 1:
-        raise UserError(f"samples is {samples}; it must be at least 1")
-    data = _data(em)
-    sentences = [line.split() for line in _lines(file)]
-    for first in range(0, len(sentences), BATCH):
-        some = sentences[first : first + BATCH]
-        notes = [_note(words, data) for words in some]
-        for number, (note, _) in enumerate(notes, first + 1):
-            if note:
-                print(f"line {number}: {note}", file=sys.stderr)
-        fit = [words for words, (_, fits) in zip(some, notes, strict=True) if fits]
-        trees = iter(
-            parse_batch(em.model, em.posterior, _batch(fit, data), fit, decode, samples)
-            if fit
-            else []
-        )
-        for _, fits in notes:
-            yield bracketed(next(trees)) if fits else ""
+    check_least("samples", samples, 1)
+    data = data_of(em)
+
+    def trees_of(sentences: list[list[str]]) -> list[Tree]:
+        x = encode(sentences, data)
+        return parse_batch(em.model, em.posterior, x, sentences, decode, samples)
+
+    yield from _parsed(file, lambda words: _note(words, data), trees_of)
+
+
+def parse_ensemble(
+    runs: Mapping[str, EM],
+    /,
+    file: str | None = None,
+    decode: Decode = "marginals",
+    samples: int = 16,
+) -> Iterator[str]:
+    """Bracketed trees of sentences by the average of several runs, a line each.
+
+    runs: by name. What one of them has to say of a sentence is noted with its name, and a sentence
+        that one of them cannot parse gives an empty line.
+    file, samples: see `parse`.
+
+    Raises UserError as `parse` does, and for another `decode` than "marginals".
+    """
+    if decode != "marginals":
+        raise UserError(f"decode={decode} is of one run: several are decoded by decode=marginals")
+    check_least("samples", samples, 1)
+
+    def trees_of(sentences: list[list[str]]) -> list[Tree]:
+        return ensemble.parse(runs.values(), sentences, samples)
+
+    yield from _parsed(file, lambda words: _notes(words, runs), trees_of)
 
 
 def generate(em: EM, n: int = 16) -> Iterator[str]:
@@ -60,7 +76,7 @@ def generate(em: EM, n: int = 16) -> Iterator[str]:
     """
     if n < 1:
         raise UserError(f"n is {n}; it must be at least 1")
-    data = _data(em)
+    data = data_of(em)
     if not em.model.normalised:
         print("drawn from the grammar alone, without its tree prior", file=sys.stderr)
     x, z = em.model.sample(n)
@@ -76,9 +92,23 @@ def generate(em: EM, n: int = 16) -> Iterator[str]:
         )
 
 
-def _data(em: EM) -> GrammarData:
-    assert isinstance(em.data, GrammarData)
-    return em.data
+def _parsed(
+    file: str | None,
+    note: Callable[[list[str]], tuple[str, bool]],
+    trees_of: Callable[[list[list[str]]], list[Tree]],
+) -> Iterator[str]:
+    """Bracketed trees of a file's sentences; an empty line for those that `note` says have none."""
+    sentences = [line.split() for line in _lines(file)]
+    for first in range(0, len(sentences), BATCH):
+        some = sentences[first : first + BATCH]
+        notes = [note(words) for words in some]
+        for number, (said, _) in enumerate(notes, first + 1):
+            if said:
+                print(f"line {number}: {said}", file=sys.stderr)
+        fit = [words for words, (_, fits) in zip(some, notes, strict=True) if fits]
+        trees = iter(trees_of(fit) if fit else [])
+        for _, fits in notes:
+            yield bracketed(next(trees)) if fits else ""
 
 
 def _lines(file: str | None) -> Iterable[str]:
@@ -107,8 +137,13 @@ def _note(words: list[str], data: GrammarData) -> tuple[str, bool]:
     return f"unknown: {' '.join(unknown)}" if unknown else "", True
 
 
-def _batch(sentences: list[list[str]], data: GrammarData) -> Sentences:
-    word_ids = data.encode(sentences)
-    lengths = torch.tensor([len(words) for words in word_ids])
-    ids = torch.full_like(lengths, -1)
-    return Sentences(pad_sequence(word_ids, batch_first=True), lengths, ids)
+def _notes(words: list[str], runs: Mapping[str, EM]) -> tuple[str, bool]:
+    """What each run has to say of a sentence, or the first that cannot parse it."""
+    notes = []
+    for name, em in runs.items():
+        note, fits = _note(words, data_of(em))
+        note = f"{name}: {note}" if note else ""
+        if not fits:
+            return note, False
+        notes.append(note)
+    return "; ".join(filter(None, notes)), True
