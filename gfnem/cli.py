@@ -209,6 +209,8 @@ def _fit(built: Built, run: Run, overrides: Sequence[str] = ()) -> int:
         done = f"{em.m_steps} of {em.total_m_steps} M-steps and {em.e_steps} E-steps"
         print(f"stopped after {done}; go on with: {again}")
         return INTERRUPTED
+    if em.evaluator is not None:
+        print(f"the checkpoint of lowest {em.evaluator.selection}, {em.best:.4g}, is rated")
     shown = ("train/m_steps", "train/best_m_steps", "time/seconds")
     for line in _lines({k: v for k, v in summary.items() if k in shown or k.startswith("test/")}):
         print(line)

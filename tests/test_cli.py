@@ -117,6 +117,8 @@ class TestTrain:
         lines = capsys.readouterr().out.splitlines()
         assert "40" in lines[0]
         assert lines[1] == "device cpu, run directory here"
+        chosen = r"the checkpoint of lowest valid/nll_per_token, \d\.\d+, is rated"
+        assert any(re.fullmatch(chosen, line) for line in lines)
         assert any(re.fullmatch(r"test/nll_per_token +\d\.\d{4}", line) for line in lines)
         assert lines[-1] == "run directory here"
         assert os.listdir(tmp_path) == ["here"]
