@@ -250,7 +250,7 @@ def _use_run(verb: str, overrides: list[str]) -> int:
     return DONE
 
 
-def evaluate(em: EM, split: Literal["train", "valid", "test"] = "test") -> Iterator[str]:
+def evaluate(em: EM, split: str = "test") -> Iterator[str]:
     """Rate model and posterior on a split; gives lines with a metric each."""
     yield from _lines(em.evaluate(split, final=True))
 
