@@ -11,8 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from gfnem.em import EM
 from gfnem.errors import UserError
-from gfnem.tasks.grammar.evaluate import Decode, bracketed
-from gfnem.tasks.grammar.evaluate import parse as parse_batch
+from gfnem.tasks.grammar.decode import Decode, bracketed
+from gfnem.tasks.grammar.decode import parse as parse_batch
 from gfnem.tasks.grammar.text.corpus import GrammarData, Sentences
 
 BATCH = 64
@@ -24,7 +24,7 @@ def parse(
     """Bracketed trees of sentences, a line each.
 
     file: the sentences, one a line, words between spaces; standard input when None.
-    decode, samples: see `evaluate.parse`.
+    decode, samples: see `decode.parse`.
 
     A sentence that has no tree gives an empty line, so that input and output agree line by line,
     and a note on standard error. Unknown words are parsed, with a note.
