@@ -543,6 +543,7 @@ class TestTreePrior:
         assert summary["test/pseudo_nll"] > 0
         assert Path("shapes/plots/learning_curves.png").exists()
         assert main(["evaluate", "run=shapes", "split=valid"]) == 0
+        assert "split is 'tset'" in failing(["evaluate", "run=shapes", "split=tset"], capsys)
         learned = ["tree_prior=learned", "tree_prior.energy.run=shapes"]
         heated = ["annealing=linear", "final_temperature=3", "horizon=4"]
         options = [*learned, "tree_prior.energy.width=4", *(f"tree_prior.{h}" for h in heated)]
@@ -746,7 +747,7 @@ MISTAKES_WITH_A_RUN = [
     (["resume=RUN", "data.max_length=7"], "the data is not what the run began with"),
     (["run_dir=RUN"], "holds a run already"),
     (["resume=RUN", "model_from=RUN"], "a resumed run keeps what it began with"),
-    (["evaluate", "run=RUN", "split=tset"], "split=tset: it must be one of train, valid, test"),
+    (["evaluate", "run=RUN", "split=tset"], "split is 'tset'; use one of train, valid, test"),
     (["evaluate", "run=RUN", "checkpoint=3"], "checkpoint=3: it must be one of best, last"),
     (["evaluate", "run=RUN", "em.m_steps=3"], "em.m_steps=3: it means nothing to evaluate"),
     (["frobnicate", "run=RUN"], "there is no verb frobnicate for RUN: use evaluate, parse"),

@@ -18,6 +18,7 @@ import numpy as np
 from gfnem.errors import UserError
 from gfnem.run.checkpoint import atomic_write
 from gfnem.run.finished import FinishedRun, finished_runs
+from gfnem.run.paired import Differences
 from gfnem.run.settings import differences, settings_of
 from gfnem.run.tracking import FilesTracker, Tracker, id_file
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 METRICS = ("test/*", "train/m_steps", "time/seconds")
 """What is compared by default, of what all runs have."""
+
+DETAILS = ("*_low", "*_high", "*_over_right")
+"""What is compared only where it is asked for."""
 
 CURVES = (
     "valid/*nll*",
@@ -57,7 +61,9 @@ def compare(
         project: runs of this project of Weights & Biases, ENTITY/PROJECT, come in addition.
         metrics: patterns of names, comma-separated; by default the results on test data that all
             runs have, M-steps and seconds.
-        out: the folder of table.md, table.csv and curves.png, which replace those of before.
+        out: the folder of table.md, table.csv and curves.png, which replace those of before. Where
+            settings have scores of the same test sentences for one of the metrics, differences.md
+            and differences.csv say how much they differ, with intervals; see `Differences`.
         tracker: who is told of the comparison beside the files, as of a run of its own.
         reach: a further column says after how many steps this held first, as in
             `valid/posterior_gap<0.1`; see `Target`.
@@ -85,6 +91,8 @@ def compare(
     names = [run.name for row in comparison.rows for run in row]
     tracker.start(folder, {"compare": names, "metrics": comparison.metrics})
     tracker.table("comparison", *comparison.numbers())
+    if comparison.differences.rows:
+        tracker.table("differences", *comparison.difference_numbers())
     if figure is not None:
         tracker.figure("curves", figure)
     tracker.finish("finished")
@@ -135,6 +143,7 @@ class Comparison:
         rows: the runs of each setting, one for each seed.
         settings: what differs between the rows: name -> the value in each row, or "".
         metrics: names of the results.
+        differences: of settings on the same sentences, of those results that have scores of each.
 
     Args:
         runs: those to compare. Of several with the same configuration and seed the first counts,
@@ -158,7 +167,8 @@ class Comparison:
         runs = [run for row in self.rows for run in row]
         if patterns is None:
             shared = (n for n in runs[0].numbers if all(n in run.numbers for run in runs))
-            self.metrics = _matching(shared, METRICS)
+            details = set(_matching(runs[0].numbers, DETAILS))
+            self.metrics = [n for n in _matching(shared, METRICS) if n not in details]
             self.curves = self._usual_curves()
         else:
             self.metrics = _chosen(runs, patterns.split(","))
@@ -166,6 +176,8 @@ class Comparison:
             bare = (re.sub("^(last/)?(test|valid)/", "", name) for name in self.metrics)
             names = dict.fromkeys(f"valid/{name}" for name in bare)
             self.curves = [name for name in names if self._rows_with_curve(name)]
+        scores = [[run.scores for run in row] for row in self.rows]
+        self.differences = Differences(scores, self.labels(), self.metrics)
         if target is not None:
             self._add(target)
 
@@ -231,13 +243,39 @@ class Comparison:
             labels.append(", ".join(f"{name}={value}" for name, value in told.items()))
         return labels
 
+    def difference_texts(self) -> tuple[list[str], list[list[str]]]:
+        """The table of differences for people: its columns and its rows."""
+        metrics = self.differences.metrics
+        rows = [
+            [
+                *(shown[number] or "–" for shown in self.settings.values()),
+                *(str(row.get(metric, "–")) for metric in metrics),
+            ]
+            for number, row in self.differences.rows.items()
+        ]
+        return [*self.settings, *metrics], rows
+
+    def difference_numbers(self) -> tuple[list[str], list[list[str | float]]]:
+        """The same for programs, with two columns for each interval."""
+        metrics = self.differences.metrics
+        columns = [*self.settings]
+        columns += [f"{metric}{end}" for metric in metrics for end in ("", " low", " high")]
+        rows: list[list[str | float]] = []
+        for number, row in self.differences.rows.items():
+            cells: list[str | float] = [shown[number] for shown in self.settings.values()]
+            for metric in metrics:
+                known = row.get(metric)
+                cells += [known.mean, known.low, known.high] if known else ["", "", ""]
+            rows.append(cells)
+        return columns, rows
+
+    @property
+    def difference_title(self) -> str:
+        first = self.labels()[self.differences.first]
+        return f"differences to {first}, with 95 % intervals over sentences"
+
     def markdown(self) -> str:
-        columns, rows = self.texts()
-        lines = [columns, ["---"] * len(self.settings) + ["---:"] * (1 + len(self.metrics)), *rows]
-        return "".join(
-            f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n"
-            for line in lines
-        )
+        return _markdown(*self.texts(), len(self.settings))
 
     def figure(self) -> Figure | None:
         """Curves of all rows, over M-steps and over seconds; None where there are none."""
@@ -254,11 +292,15 @@ class Comparison:
 
     def write(self, folder: Path) -> Path | None:
         """Write the files of `compare`; returns the path of the figure where there is one."""
-        text = io.StringIO()
-        columns, rows = self.numbers()
-        csv.writer(text, lineterminator="\n").writerows([columns, *rows])
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in (("table.md", self.markdown()), ("table.csv", text.getvalue())):
+        files = {"table.md": self.markdown(), "table.csv": _csv(*self.numbers())}
+        if self.differences.rows:
+            table = _markdown(*self.difference_texts(), len(self.settings))
+            files["differences.md"] = f"{self.difference_title}:\n\n{table}"
+            files["differences.csv"] = _csv(*self.difference_numbers())
+        for name in ("differences.md", "differences.csv"):
+            (folder / name).unlink(missing_ok=True)
+        for name, content in files.items():
             with atomic_write(folder / name) as file:
                 file.write(content.encode())
         figure, path = self.figure(), folder / "curves.png"
@@ -270,23 +312,11 @@ class Comparison:
         return path
 
     def show(self) -> None:
-        """Print the table: rows as lines, or as columns on a terminal that is too narrow."""
-        columns, rows = self.texts()
-        lines = [columns, *rows]
-        if not sys.stdout.isatty():
-            widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-            for line in lines:
-                cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-                print("  ".join(cells).rstrip())
-            return
-        from rich.console import Console
-
-        console = Console()
-        table = _rich(lines)
-        unbounded = console.options.update(max_width=sys.maxsize)
-        if console.measure(table, options=unbounded).maximum > console.width:
-            table = _rich([list(column) for column in zip(*lines, strict=True)])
-        console.print(table)
+        """Print the table, and that of differences where there is one."""
+        _show(*self.texts())
+        if self.differences.rows:
+            print(f"\n{self.difference_title}:")
+            _show(*self.difference_texts())
 
     def _usual_curves(self) -> list[str]:
         runs = [run for row in self.rows for run in row]
@@ -359,6 +389,39 @@ def result_texts(results: Sequence[Result | None]) -> list[str]:
         text = f"{mean:.{decimals}f}"
         texts.append(f"{text} ± {deviation:.{decimals}f}" if deviation > 0 else text)
     return texts
+
+
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> str:
+    """A table in Markdown whose first columns, `words` of them, have words in place of numbers."""
+    lines = [columns, ["---"] * words + ["---:"] * (len(columns) - words), *rows]
+    return "".join(
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines
+    )
+
+
+def _csv(columns: Sequence[str], rows: Sequence[Sequence[str | float]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    return text.getvalue()
+
+
+def _show(columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table: rows as lines, or as columns on a terminal that is too narrow."""
+    lines = [columns, *rows]
+    if not sys.stdout.isatty():
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        for line in lines:
+            cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+            print("  ".join(cells).rstrip())
+        return
+    from rich.console import Console
+
+    console = Console()
+    table = _rich(lines)
+    unbounded = console.options.update(max_width=sys.maxsize)
+    if console.measure(table, options=unbounded).maximum > console.width:
+        table = _rich([list(column) for column in zip(*lines, strict=True)])
+    console.print(table)
 
 
 def _rich(lines: Sequence[Sequence[str]]) -> Table:

@@ -8,12 +8,13 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from gfnem.errors import UserError
 from gfnem.run.directory import Run
+from gfnem.run.paired import Scores, read_scores
 
 _API_SECONDS = 20  # to wait for an answer of the service
 
@@ -25,18 +26,21 @@ class FinishedRun:
     name: its directory, or its name and address in a project.
     numbers: those of its summary, and those of its last evaluation as `last/valid/...`.
     lines: of its metrics.
+    scores: of each test sentence, where its directory has tables of them.
     """
 
     name: str
     config: Mapping[str, Any]
     numbers: Mapping[str, float]
     lines: Sequence[Mapping[str, float]]
+    scores: Scores = field(default_factory=dict)
 
     @classmethod
     def read(cls, directory: Path) -> FinishedRun:
         """Raises UserError for a run that is broken or not complete."""
         run = Run.open(directory)
-        return cls.of(str(directory), run.config, run.summary(), run.metrics())
+        finished = cls.of(str(directory), run.config, run.summary(), run.metrics())
+        return replace(finished, scores=read_scores(directory))
 
     @classmethod
     def of(

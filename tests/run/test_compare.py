@@ -269,6 +269,94 @@ class TestComparison:
         assert narrow[-2:] == ["time/seconds", "2"]
 
 
+SCORES = Path("tables", "scores_test.csv")
+
+
+def write_scores(run: Path, f1: list[float], words: int = 5) -> None:
+    rows = [(number, words, value, 50.0) for number, value in enumerate(f1)]
+    Run.open(run).add_table("scores_test", ("sentence", "words", "f1", "right_f1"), rows)
+
+
+class TestDifferences:
+    @pytest.fixture
+    def runs(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+        """Two settings of two seeds; the second is better by 10 and by 20 in the mean of seeds."""
+        monkeypatch.chdir(tmp_path)
+        runs = []
+        scores = {8: ([0.0, 20.0], [20.0, 40.0]), 16: ([30.0, 50.0], [10.0, 50.0])}
+        for width, of_seeds in scores.items():
+            for seed, f1 in enumerate(of_seeds):
+                path = Path(f"runs/{width}-{seed}")
+                runs.append(write_run(path, changed(seed=seed, model__width=width), 1.0))
+                Run.open(path).write_summary(
+                    {"train/m_steps": 4, "test/f1": sum(f1) / 2, "test/f1_low": 0.0}
+                )
+                write_scores(path, f1)
+        return runs
+
+    def test_by_hand(self, runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+        compare(["runs"])
+        out = capsys.readouterr().out
+        assert "test/f1_low" not in out
+        title = "differences to width=8, with 95 % intervals over sentences:"
+        # Means of two draws of 10 and 20 are 10, 15 and 20, the first and the last of them often.
+        text = Path("comparison/differences.md").read_text()
+        assert title in out and text.startswith(f"{title}\n\n| width | test/f1 |\n")
+        assert cells(text)[-1] == ["16", "+15.00 (+10.00 to +20.00)"]
+        with Path("comparison/differences.csv").open(newline="") as file:
+            assert list(csv.reader(file)) == [
+                ["width", "test/f1", "test/f1 low", "test/f1 high"],
+                ["16", "15.0", "10.0", "20.0"],
+            ]
+        compare(["runs"], metrics="train/m_steps")
+        assert not list(Path("comparison").glob("differences*"))
+
+    def test_other_sentences_are_left_out(
+        self, runs: list[Path], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        write_scores(runs[3], [10.0, 50.0], words=6)
+        compare(["runs"])
+        captured = capsys.readouterr()
+        assert captured.err == (
+            "left out of the differences: width=16, whose runs have no scores of the same "
+            "sentences\n"
+        )
+        assert "differences to" not in captured.out
+        write_scores(runs[2], [10.0, 50.0], words=6)
+        compare(["runs"])
+        assert capsys.readouterr().err == (
+            "left out of the differences: width=16, with other sentences than width=8\n"
+        )
+
+    def test_the_first_setting_that_has_scores_is_what_others_are_compared_to(
+        self, runs: list[Path], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        config = changed(model__width=4)
+        write_run(Path("runs/4-0"), config, 1.0)
+        Run.open("runs/4-0").write_summary({"train/m_steps": 4, "test/f1": 1.0})
+        compare(["runs"])
+        captured = capsys.readouterr()
+        assert "differences to width=8" in captured.out and not captured.err
+
+    def test_runs_of_before_have_none(
+        self, runs: list[Path], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for run in runs[:2]:
+            (run / SCORES).unlink()
+        compare(["runs"])
+        captured = capsys.readouterr()
+        assert "differences" not in captured.out + captured.err
+
+    @pytest.mark.parametrize("content", ["", "a,b\n", "sentence,words,f1\n0,5,x\n", "a\n0\n"])
+    def test_broken_tables(
+        self, runs: list[Path], content: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (runs[0] / SCORES).write_text(content)
+        compare(["runs"])
+        message = f"left out: {runs[0] / SCORES} is no table of scores: restore or remove it\n"
+        assert capsys.readouterr().err == message
+
+
 class TestFinishedRuns:
     def test_at_any_depth_each_once_in_natural_order(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -27,8 +27,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from gfnem.errors import UserError
+from gfnem.splits import named_split
 
-SplitName = Literal["train", "valid", "test"]
 Pixels = Literal["binary", "grey", "rgb"]
 
 IDX_FILES = ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte")
@@ -102,8 +102,9 @@ class ImageData:
         self.seed = seed
         self.name = name
 
-    def split(self, name: SplitName) -> Images:
-        return {"train": self.train, "valid": self.valid, "test": self.test}[name]
+    def split(self, name: str) -> Images:
+        """Give a part by its name; raises UserError for a name that there is not."""
+        return named_split({"train": self.train, "valid": self.valid, "test": self.test}, name)
 
     def train_batches(self, epoch: int) -> Batches:
         """All training images once, in an order that depends on `seed` and epoch alone."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -18,7 +18,7 @@ from gfnem.posterior import Posterior
 from gfnem.posteriors.exact import ExactPosterior
 from gfnem.run.progress import Progress
 from gfnem.tasks.discrete_vae.codes import Codes
-from gfnem.tasks.discrete_vae.data import ImageData, Images, SplitName
+from gfnem.tasks.discrete_vae.data import ImageData, Images
 from gfnem.tasks.discrete_vae.importance import (
     choose_temperature,
     effective_samples,
@@ -148,7 +148,7 @@ class DiscreteVAEEvaluator:
 
     def _images(self, split: str) -> Images:
         """The images of a split that are rated."""
-        return self.data.split(cast(SplitName, split)).select(slice(self.images[split]))
+        return self.data.split(split).select(slice(self.images[split]))
 
     def _temperature(self, model: DiscreteVAE, posterior: Posterior, final: bool) -> float | None:
         """The proposal's temperature; None where nothing is proposed."""

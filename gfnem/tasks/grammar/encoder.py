@@ -60,7 +60,8 @@ class SpanEncoder(nn.Module):
     preterminals: of the grammar.
     labels: scores for each span.
     symbols: labels that a root may have; 1 where roots have none.
-    max_length: the longest sentence in words.
+    max_length: the longest sentence in words. Spans of longer ones, which are parsed but not
+        learned from, are taken to be as wide at most.
     width: of the words' embeddings, of each direction of the GRU and of the hidden layers.
     dropout: of word embeddings and hidden units, in training.
     symbol_dropout: with this probability a symbol is hidden from a sentence, in training: a
@@ -131,8 +132,9 @@ class SpanEncoder(nn.Module):
         start, end = torch.triu_indices(length + 1, length + 1, 2, device=words.device)
         index = torch.zeros(length + 1, length + 1, dtype=torch.long, device=words.device)
         index[start, end] = torch.arange(len(start), device=words.device)
-        width = self.boundary.bias + self.length_embedding(end - start)
-        spans = self._hidden(boundary[:, end] - boundary[:, start] + width)
+        width = (end - start).clamp(max=self.length_embedding.num_embeddings - 1)
+        bias = self.boundary.bias + self.length_embedding(width)
+        spans = self._hidden(boundary[:, end] - boundary[:, start] + bias)
         one = self.boundary.bias + self.length_embedding.weight[1]
         single = self._hidden(boundary[:, 1:] - boundary[:, :-1] + one)
         return SpanEncoding(

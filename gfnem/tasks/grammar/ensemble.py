@@ -1,4 +1,4 @@
-"""Trees by span marginals, of one trained grammar or of the average of several.
+"""Trees by the average of several trained grammars' span marginals.
 
 Each run tells how probable a span is in a sentence's tree. The tree with the highest sum of
 marginals has the most expected correct spans (Goodman 1996, "Parsing algorithms and metrics"); with
@@ -9,66 +9,24 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from gfnem.em import EM, Metrics
 from gfnem.errors import UserError
-from gfnem.inference import device_of, inference
-from gfnem.model import LatentVariableModel
-from gfnem.posterior import Posterior
-from gfnem.tasks.grammar import inside
+from gfnem.inference import device_of
+from gfnem.tasks.grammar.decode import decode_marginals, span_marginals
 from gfnem.tasks.grammar.f1 import SpanCounts
-from gfnem.tasks.grammar.model import GrammarModel
 from gfnem.tasks.grammar.text.corpus import GrammarData, Sentences, check_least
-from gfnem.tasks.grammar.tree import Trees
 
 if TYPE_CHECKING:
     from nltk import Tree
 
 BATCH = 64
-# Trees whose expected numbers of correct spans differ by less than this are equally good.
-TIE = 1e-5
-
-
-def span_frequencies(trees: Trees) -> Float[Tensor, "batch length+1 length+1"]:
-    """The share of each sentence's samples that hold the span (start, end); 0 for single words."""
-    batch, samples, nodes = trees.start.shape
-    counts = torch.zeros(
-        batch, nodes + 2, nodes + 2, dtype=torch.float64, device=trees.start.device
-    )
-    sentence = torch.arange(batch, device=trees.start.device)[:, None, None]
-    index = sentence.expand_as(trees.start), trees.start, trees.end
-    return counts.index_put_(index, trees.exists.double(), accumulate=True) / samples
-
-
-def span_marginals(
-    model: LatentVariableModel, posterior: Posterior, x: Sentences, samples: int
-) -> Float[Tensor, "batch length+1 length+1"]:
-    """p(span (start, end) in z | x): exact where a tractable grammar is all of the model.
-
-    Elsewhere, and with a tree prior, frequencies among `samples` draws of the posterior.
-    """
-    with inference(model, posterior):
-        if isinstance(model, GrammarModel) and model.tractable and model.normalised:
-            return model.exact_posterior(x).span_marginals().double()
-        return span_frequencies(posterior.sample(model, x, samples).z)
-
-
-def decode_marginals(
-    marginals: Float[Tensor, "batch length+1 length+1"], lengths: Int[Tensor, "batch"]
-) -> Trees:
-    """The tree with the highest sum of its spans' marginals, one for each sentence.
-
-    Ties are broken at random: always the same way, few samples would favour trees that branch to
-    one side, and right-branching is a strong baseline for English.
-    """
-    noise = torch.rand(marginals.shape, device=marginals.device)
-    return inside.minimum_bayes_risk(marginals + noise * (TIE / marginals.shape[1]), lengths)
 
 
 def marginals_of_runs(
@@ -98,7 +56,7 @@ def parse(runs: Iterable[EM], sentences: Sequence[Sequence[str]], samples: int =
 def evaluate(
     runs: Mapping[str, EM],
     /,
-    split: Literal["train", "valid", "test"] = "test",
+    split: str = "test",
     samples: int = 16,
 ) -> Metrics:
     """F1 of the trees of an ensemble, beside that of each of its runs; unlabelled, in percent.

@@ -1,9 +1,9 @@
-"""Rating grammars and their posteriors on held-out sentences, and parsing with them."""
+"""Rating grammars and their posteriors on held-out sentences."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -19,34 +19,26 @@ from gfnem.inference import device_of, inference, log_mean_exp
 from gfnem.model import LatentVariableModel
 from gfnem.posterior import Latents, Posterior
 from gfnem.posteriors.exact import TractableModel
-from gfnem.tasks.grammar import ensemble, inside
+from gfnem.tasks.grammar import inside
+from gfnem.tasks.grammar.decode import minimum_bayes_risk
 from gfnem.tasks.grammar.f1 import SpanCounts
 from gfnem.tasks.grammar.model import GrammarModel, ParsingModel
 from gfnem.tasks.grammar.ncfg import AnnotatedModel
+from gfnem.tasks.grammar.scores import SentenceScores, baseline
 from gfnem.tasks.grammar.text.corpus import Corpus, GrammarData, Sentences
 from gfnem.tasks.grammar.tree import Trees
 
 if TYPE_CHECKING:
-    from nltk import Tree
-
     from gfnem.run import Run
 
-Decode = Literal["mbr", "marginals", "sample", "viterbi"]
-
+# What is minimised on the validation split.
+SELECTIONS = {
+    "likelihood": "valid/nll_per_token",
+    "posterior_gap": "valid/posterior_gap",
+    "f1": "valid/f1_error",
+}
 # Shorter sentences have too few trees to tell a posterior that has collapsed from one that has not.
 LONG = 8
-# The sentences that a report shows: enough words to have structure, few enough to be drawn.
-SHOWN, SHOWN_LENGTHS = 6, range(5, 16)
-
-# Ways to choose a sentence's tree: end of the F1's name -> what a report calls it.
-DECODED = {
-    "": "posterior, sample",
-    "_mbr": "posterior, MBR",
-    "_exact_mbr": "exact posterior, MBR",
-    "_grammar_mbr": "grammar without the prior, MBR",
-    "_viterbi": "Viterbi",
-}
-BASELINES = {"left": "left-branching", "right": "right-branching", "random": "random"}
 
 
 class GrammarEvaluator:
@@ -62,8 +54,14 @@ class GrammarEvaluator:
             where they are tractable.
         sentence_f1_viterbi, corpus_f1_viterbi: the grammar's best trees; context-free, final only.
         baseline/left_f1, baseline/left_corpus_f1 and the same for right and random: trees of
-            these shapes on the split; final only.
+            these shapes on the split; final only. Of anything but train, valid and test they are
+            named after it: seen_text/baseline_left_f1.
         baseline/gold_right_edge: right_edge, as below, of the gold trees; final only.
+        sentence_f1_low, sentence_f1_high and the same for every sentence_f1...: ends of the 95 %
+            interval over sentences, see `gfnem.bootstrap`; final only.
+        sentence_f1_over_right with _low and _high and the same for every sentence_f1...: what it is
+            above right-branching trees of the same sentences, and its interval; final only.
+        f1_error: 100 - sentence_f1_mbr; where it selects, not in final evaluations.
     The posterior:
         posterior_gap: E_x[log p(x) - E_q log w] in nats for each sentence; with the likelihood.
         effective_samples: of the importance weights of `samples` draws.
@@ -88,18 +86,29 @@ class GrammarEvaluator:
 
     Final evaluations on the test split add train/posterior_gap, the same on `train_sentences`
     training sentences, evenly spaced: what q has not learned, apart from what it overfits; with a
-    tree prior train/free_energy.
+    tree prior train/free_energy. They also rate the data's further tests, with `samples` draws, as
+    `seen_text/...`.
+
+    Sentences of other lengths, in final evaluations: of a split's sentences to 10 words, one of the
+    `lengths`, there are all F1 values as `test_to_10/...`; where the data has a longer test, those
+    of all its sentences as `test_to_40/...` beside the test's. What is of the grammar alone knows
+    no longest sentence. Draws of q go beyond the lengths that q has learned: an encoder takes
+    spans to be no wider and roots to be no further behind than it has seen.
 
     data: what to rate on.
     samples: draws of q for each sentence.
-    iw_samples: draws for the bound in final evaluations; others use `samples`.
+    iw_samples: draws for the bound in final evaluations; others and further tests use `samples`.
     batch_size: sentences at a time.
     train_sentences: how many of the training sentences are rated.
     select: what is minimised on the validation split: "likelihood" (nll_per_token, or the bound
-        for a model without an exact likelihood) or "posterior_gap" (with a tree prior the free
-        energy), for a model that is not trained.
+        for a model without an exact likelihood), "posterior_gap" (with a tree prior the free
+        energy), for a model that is not trained, or "f1" (f1_error), which takes trees to choose
+        what learned without: a supervised choice.
     divergences: whether to list q(z | x) of every z; for shapes of sentences of up to 6 words.
     gradient_e_steps: E-steps whose gradients are compared; None for none.
+    lengths: F1 is also given of the sentences of up to so many words each.
+
+    Raises UserError for an option out of its range, and for select="f1" without trees.
     """
 
     def __init__(
@@ -109,15 +118,17 @@ class GrammarEvaluator:
         iw_samples: int = 128,
         batch_size: int = 64,
         train_sentences: int = 256,
-        select: Literal["likelihood", "posterior_gap"] = "likelihood",
+        select: Literal["likelihood", "posterior_gap", "f1"] = "likelihood",
         divergences: bool = False,
         gradient_e_steps: int | None = None,
+        lengths: Sequence[int] = (10,),
     ):
         for name, value, least in (
             ("samples", samples, 1),
             ("iw_samples", iw_samples, samples),
             ("batch_size", batch_size, 1),
             ("train_sentences", train_sentences, 1),
+            ("lengths", min(lengths, default=2), 2),
         ):
             if value < least:
                 raise UserError(f"evaluator.{name} is {value}; it must be at least {least}")
@@ -125,40 +136,30 @@ class GrammarEvaluator:
         self.samples = samples
         self.iw_samples = iw_samples
         self.batch_size = batch_size
-        if select not in ("likelihood", "posterior_gap"):
-            raise UserError(f"evaluator.select is {select!r}; use 'likelihood' or 'posterior_gap'")
+        if select not in SELECTIONS:
+            raise UserError(
+                f"evaluator.select is {select!r}; use 'likelihood', 'posterior_gap' or 'f1'"
+            )
+        if select == "f1" and data.valid.gold is None:
+            raise UserError(
+                "evaluator.select='f1' needs trees of the validation sentences, and there are "
+                "none: use 'likelihood'"
+            )
         self.train_sentences = train_sentences
         self.divergences = divergences
         self.gradient_e_steps = gradient_e_steps
         self.select = select
         # The likelihood's bound once a model turns out to have no exact likelihood.
-        self.selection = "valid/nll_per_token" if select == "likelihood" else "valid/posterior_gap"
+        self.selection = SELECTIONS[select]
+        self.lengths = lengths
         self._tested: Metrics = {}
+        self._scores: dict[str, SentenceScores] = {}
 
     def __call__(
         self, model: LatentVariableModel, posterior: Posterior, split: str, final: bool = False
     ) -> Metrics:
-        corpus = self.data.split(split)
-        figures: dict[str, list[Tensor]] = {}
-        counts: dict[str, list[SpanCounts]] = {}
-        with inference(model, posterior):
-            for x in corpus.batches(self.batch_size):
-                x = x.to(device_of(model))
-                rated, decoded = self._rate(model, posterior, x, final)
-                for name, values in rated.items():
-                    figures.setdefault(name, []).append(values.double())
-                if corpus.gold is not None:
-                    gold = [corpus.gold[i] for i in x.ids.tolist()]
-                    for name, trees in decoded.items():
-                        counts.setdefault(name, []).append(SpanCounts.of(trees, gold))
-        metrics = _summarise({name: torch.cat(parts) for name, parts in figures.items()})
-        if "iw_nll_per_token" in metrics:
-            metrics["iw_samples"] = self.iw_samples if final else self.samples
-        for name, parts in counts.items():
-            total = SpanCounts.cat(parts)
-            metrics[f"sentence_f1{name}"] = total.sentence_f1
-            metrics[f"corpus_f1{name}"] = total.corpus_f1
-        metrics = {f"{split}/{name}": value for name, value in metrics.items()}
+        draws = self.iw_samples if final else self.samples
+        metrics, scores = self._rate_split(model, posterior, split, final, draws)
         if self.gradient_e_steps is not None:
             batch = self.data.train_batches(0)[0].to(device_of(model))
             of_gradients = gradient_noise(model, posterior, batch, self.gradient_e_steps)
@@ -167,12 +168,100 @@ class GrammarEvaluator:
             self.selection = "valid/iw_nll_per_token"
         if self.select == "posterior_gap" and not model.normalised:
             self.selection = "valid/free_energy"
-        if final:
-            metrics |= self._baselines(corpus)
+        if self.select == "f1" and scores is not None and not final:
+            metrics[f"{split}/f1_error"] = 100 - metrics[f"{split}/sentence_f1_mbr"]
+        if final and scores is not None:
+            metrics |= self._shorter(split, scores)
         if final and split == "test":
             metrics |= self._train_fit(model, posterior)
-            self._tested = metrics
+            tests = {} if scores is None else {split: scores}
+            metrics |= self._further_tests(model, posterior, tests)
+            self._tested, self._scores = metrics, tests
         return metrics
+
+    def _rate_split(
+        self, model: LatentVariableModel, posterior: Posterior, split: str, final: bool, draws: int
+    ) -> tuple[Metrics, SentenceScores | None]:
+        """Metrics of a split, and its sentences' scores where there are gold trees.
+
+        draws: of q, for the bound on the likelihood.
+        """
+        corpus = self.data.split(split)
+        batches = corpus.batches(self.batch_size)
+        figures, scores = self._rate_all(model, posterior, corpus, batches, final, draws)
+        rated = _summarise(figures)
+        if "iw_nll_per_token" in rated:
+            rated["iw_samples"] = draws
+        metrics = {f"{split}/{name}": value for name, value in rated.items()}
+        if scores is not None:
+            metrics |= scores.final_metrics(split) if final else scores.metrics(split)
+        if final and (at_right_edge := _gold_right_edge(corpus)) is not None:
+            metrics[baseline(split, "gold_right_edge")] = at_right_edge
+        return metrics, scores
+
+    def _rate_all(
+        self,
+        model: LatentVariableModel,
+        posterior: Posterior,
+        corpus: Corpus,
+        batches: Sequence[Sentences],
+        final: bool,
+        draws: int,
+    ) -> tuple[dict[str, Float[Tensor, "sentences"]], SentenceScores | None]:
+        """Figures of some of a corpus's sentences, and scores where there are gold trees."""
+        figures: dict[str, list[Tensor]] = {}
+        scores = []
+        with inference(model, posterior):
+            for x in batches:
+                rated, decoded = self._rate(model, posterior, x.to(device_of(model)), final, draws)
+                for name, values in rated.items():
+                    figures.setdefault(name, []).append(values.double())
+                if corpus.gold is not None:
+                    gold = [corpus.gold[i] for i in x.ids.tolist()]
+                    ways = {
+                        name: SpanCounts.of(trees, gold).cpu() for name, trees in decoded.items()
+                    }
+                    scores.append(SentenceScores(x.ids, x.lengths, ways))
+        together = SentenceScores.cat(scores) if scores else None
+        if final and together is not None:
+            together = together.with_baselines(corpus, self.samples, self.batch_size)
+        return {name: torch.cat(parts) for name, parts in figures.items()}, together
+
+    def _shorter(self, split: str, scores: SentenceScores) -> Metrics:
+        """F1 of a split's sentences of up to so many words, where some have more."""
+        metrics: Metrics = {}
+        for length in self.lengths:
+            short = scores.words <= length
+            if short.any() and not short.all() and split != self.data.long_test:
+                metrics |= scores.select(short).final_metrics(f"{split}_to_{length}")
+        return metrics
+
+    def _further_tests(
+        self, model: LatentVariableModel, posterior: Posterior, scores: dict[str, SentenceScores]
+    ) -> Metrics:
+        """Metrics of the data's further tests.
+
+        scores: of the test, if it has gold trees; those of the further tests come to it.
+        """
+        metrics: Metrics = {}
+        for split in self.data.more_tests:
+            rated, of_split = self._rate_split(model, posterior, split, True, self.samples)
+            metrics |= rated
+            if of_split is not None:
+                scores[split] = of_split
+        long_test = self.data.long_test
+        if long_test is None or "test" not in scores:
+            return metrics
+        # The longer test begins with the test's own sentences, which are rated already.
+        corpus = self.data.split(long_test)
+        own = (corpus.lengths <= self.data.max_length).nonzero().flatten()
+        parts = [replace(scores["test"], ids=own[scores["test"].ids])]
+        batches = corpus.batches(self.batch_size, above=self.data.max_length)
+        _, longer = self._rate_all(model, posterior, corpus, batches, True, self.samples)
+        if longer is not None:
+            parts.append(longer)
+        scores[long_test] = SentenceScores.cat(parts)
+        return metrics | scores[long_test].final_metrics(long_test)
 
     def _train_fit(self, model: LatentVariableModel, posterior: Posterior) -> Metrics:
         """The posterior gap on some of the training sentences, where it is exact.
@@ -197,14 +286,19 @@ class GrammarEvaluator:
         return {f"train/{name}": float(torch.cat(fits).double().mean())}
 
     def _rate(
-        self, model: LatentVariableModel, posterior: Posterior, x: Sentences, final: bool
+        self,
+        model: LatentVariableModel,
+        posterior: Posterior,
+        x: Sentences,
+        final: bool,
+        draws: int,
     ) -> tuple[dict[str, Float[Tensor, "batch"]], dict[str, Trees]]:
         """Figures of each sentence by name, and its trees by the way they were chosen."""
         latents = posterior.sample(model, x, self.samples)
         first = torch.zeros_like(x.lengths)[:, None]
         trees = {
             "": latents.z.select(first),
-            "_mbr": _minimum_bayes_risk(latents.z),
+            "_mbr": minimum_bayes_risk(latents.z),
         }
         figures = {
             "words": x.lengths,
@@ -223,9 +317,7 @@ class GrammarEvaluator:
             figures["log_likelihood"] = log_likelihood
         if latents.log_weights is not None:
             figures["effective_samples"] = 1 / latents.log_weights.softmax(-1).square().sum(-1)
-            every = [latents]
-            if final:
-                every += self._more_latents(model, posterior, x)
+            every = [latents, *self._more_latents(model, posterior, x, draws - self.samples)]
             log_weights, log_priors = _log_weights(model, every)
             figures["iw_log_likelihood"] = log_mean_exp(log_weights - log_priors)
             figures |= _fit(model, log_likelihood, log_weights)
@@ -243,159 +335,27 @@ class GrammarEvaluator:
         return figures, trees
 
     def _more_latents(
-        self, model: LatentVariableModel, posterior: Posterior, x: Sentences
+        self, model: LatentVariableModel, posterior: Posterior, x: Sentences, missing: int
     ) -> list[Latents]:
-        """As many draws beside `samples` as make `iw_samples`."""
-        missing = self.iw_samples - self.samples
+        """As many draws beside the first `samples` as are missing."""
         counts = [min(self.samples, missing - n) for n in range(0, missing, self.samples)]
         return [posterior.sample(model, x, count) for count in counts]
-
-    def _baselines(self, corpus: Corpus) -> Metrics:
-        """F1 of trees that take no notice of the words, and the way that gold trees branch."""
-        if corpus.gold is None:
-            return {}
-        counts: dict[str, list[SpanCounts]] = {}
-        for x in corpus.batches(self.batch_size):
-            gold = [corpus.gold[i] for i in x.ids.tolist()]
-            shapes = {
-                "left": Trees.left_branching(x.lengths),
-                "right": Trees.right_branching(x.lengths),
-                "random": Trees.random(x.lengths, self.samples),
-            }
-            for name, trees in shapes.items():
-                counts.setdefault(name, []).append(SpanCounts.of(trees, gold))
-        at_right_edge = [
-            end == len(words)
-            for words, spans in zip(corpus.sentences, corpus.gold, strict=True)
-            for start, end in spans
-            if len(words) >= LONG and (start, end) != (0, len(words))
-        ]
-        metrics = {}
-        if at_right_edge:
-            metrics["baseline/gold_right_edge"] = sum(at_right_edge) / len(at_right_edge)
-        for name, parts in counts.items():
-            total = SpanCounts.cat(parts)
-            metrics[f"baseline/{name}_f1"] = total.sentence_f1
-            metrics[f"baseline/{name}_corpus_f1"] = total.corpus_f1
-        return metrics
 
     def report(self, model: LatentVariableModel, posterior: Posterior, run: Run) -> None:
         """Learning curves, parses of a few test sentences, and F1 beside that of trivial trees.
 
-        The F1 values are those of the last final evaluation on the test split, which is made now
-        if there was none.
+        The F1 values, and the tables of each sentence's, are those of the last final evaluation on
+        the test split, which is made now if there was none.
         """
-        from gfnem.run.plots import bar_table, draw_trees, learning_curves
+        from gfnem.tasks.grammar import report
 
-        run.add_figure("learning_curves", learning_curves(run.metrics()))
-
-        corpus = self.data.test
-        chosen = _shown(corpus)
-        words = [corpus.sentences[i] for i in chosen]
-        x = corpus.batch(chosen)
-        mbr = parse(model, posterior, x, words, "mbr", self.samples)
-        sample = parse(model, posterior, x, words, "sample")
-        gold = [corpus.gold_trees[i] if corpus.gold_trees else None for i in chosen]
-        run.add_figure(
-            "trees",
-            draw_trees(
-                [
-                    (f"test sentence {i}", predicted, right)
-                    for i, predicted, right in zip(chosen, mbr, gold, strict=True)
-                ]
-            ),
-        )
-        run.add_table(
-            "trees",
-            ("sentence", "MBR tree", "sampled tree", "gold tree"),
-            [
-                (
-                    " ".join(said),
-                    bracketed(best),
-                    bracketed(drawn),
-                    bracketed(right) if right else "",
-                )
-                for said, best, drawn, right in zip(words, mbr, sample, gold, strict=True)
-            ],
-        )
-        if corpus.gold is None:
-            return
-        scores = self._tested or self(model, posterior, "test", final=True)
-        keys = {
-            shown: (f"baseline/{name}_f1", f"baseline/{name}_corpus_f1")
-            for name, shown in BASELINES.items()
-        } | {
-            shown: (f"test/sentence_f1{name}", f"test/corpus_f1{name}")
-            for name, shown in DECODED.items()
-            if f"test/sentence_f1{name}" in scores
-        }
-        rows = {shown: [scores[key] for key in pair] for shown, pair in keys.items()}
-        columns = ("sentence F1", "corpus F1")
-        figure = bar_table(
-            {shown: dict(zip(columns, f1, strict=True)) for shown, f1 in rows.items()},
-            title="F1 of unlabelled spans (%)",
-            own=DECODED["_mbr"],
-        )
-        run.add_figure("f1", figure)
-        run.add_table("f1", ("trees", *columns), [(shown, *f1) for shown, f1 in rows.items()])
-
-
-def parse(
-    model: LatentVariableModel,
-    posterior: Posterior,
-    x: Sentences,
-    words: Sequence[Sequence[str]],
-    decode: Decode = "mbr",
-    samples: int = 16,
-) -> list[Tree]:
-    """One bracketed tree for each sentence, with words directly under nonterminals N0, N1, ...
-
-    Preterminals are summed out everywhere in this package, so trees have none. Where only the
-    shape was chosen, nonterminals are drawn from the exact p(labels | shape, x); where that is
-    intractable, nodes are called X.
-
-    words: of each sentence as they are to be shown.
-    decode: "mbr", the minimum-Bayes-risk tree of the span frequencies of `samples` draws of q;
-        "marginals", that of exact span marginals where there are any (`ensemble.span_marginals`);
-        "sample", one draw of q; "viterbi", the best tree of a context-free grammar, whose tree
-        prior, if any, has no part in it.
-
-    Raises UserError for another `decode`, and for "viterbi" where the grammar is not context-free.
-    """
-    x = x.to(device_of(model))
-    with inference(model, posterior):
-        if decode == "mbr":
-            trees = _minimum_bayes_risk(posterior.sample(model, x, samples).z)
-        elif decode == "marginals":
-            marginals = ensemble.span_marginals(model, posterior, x, samples)
-            trees = ensemble.decode_marginals(marginals, x.lengths)
-        elif decode == "sample":
-            trees = posterior.sample(model, x, 1).z
-        elif decode != "viterbi":
-            raise UserError(f"decode is {decode!r}; use 'mbr', 'marginals', 'sample' or 'viterbi'")
-        elif not isinstance(model, ParsingModel):
-            raise UserError(
-                f"decode=viterbi needs a context-free grammar, which {type(model).__name__} is "
-                "not: use decode=mbr or decode=sample"
-            )
-        else:
-            trees, _ = inside.viterbi(model.potentials(x))
-        if trees.labels is None and isinstance(model, GrammarModel):
-            trees = model.sample_labels(model.potentials(x), trees)
-    return [trees.to_nltk(sentence, said) for sentence, said in enumerate(words)]
-
-
-def bracketed(tree: Tree) -> str:
-    """The tree on one line; round brackets in words become -LRB- and -RRB-."""
-    tree = tree.copy(deep=True)
-    for position in tree.treepositions("leaves"):
-        tree[position] = str(tree[position]).replace("(", "-LRB-").replace(")", "-RRB-")
-    return tree.pformat(margin=sys.maxsize)
-
-
-def _minimum_bayes_risk(trees: Trees) -> Trees:
-    """The tree whose spans are the most frequent among each sentence's samples."""
-    return ensemble.decode_marginals(ensemble.span_frequencies(trees), trees.lengths)
+        report.add_curves(run)
+        report.add_parses(run, self.data.test, model, posterior, self.samples)
+        if self.data.test.gold is not None:
+            if not self._tested:
+                self(model, posterior, "test", final=True)
+            report.add_f1(run, self._tested)
+            report.add_scores(run, self._scores)
 
 
 def _log_weights(
@@ -467,8 +427,12 @@ def _summarise(figures: dict[str, Float[Tensor, "sentences"]]) -> Metrics:
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _shown(corpus: Corpus) -> list[int]:
-    """The sentences of a corpus that a report shows, of those that are good to draw if any."""
-    numbers = range(len(corpus.sentences))
-    fitting = [i for i in numbers if len(corpus.sentences[i]) in SHOWN_LENGTHS]
-    return (fitting or list(numbers))[:SHOWN]
+def _gold_right_edge(corpus: Corpus) -> float | None:
+    """The share of gold trees' non-trivial spans that end at the sentence's right edge."""
+    at_right_edge = [
+        end == len(words)
+        for words, spans in zip(corpus.sentences, corpus.gold or (), strict=corpus.gold is not None)
+        for start, end in spans
+        if len(words) >= LONG and (start, end) != (0, len(words))
+    ]
+    return sum(at_right_edge) / len(at_right_edge) if at_right_edge else None

@@ -54,10 +54,23 @@ class SpanCounts:
             gold=torch.cat([part.gold for part in parts]),
         )
 
+    def cpu(self) -> SpanCounts:
+        return SpanCounts(self.correct.cpu(), self.predicted.cpu(), self.gold.cpu())
+
+    def select(self, chosen: Bool[Tensor, "sentences"]) -> SpanCounts:
+        """Those of chosen sentences, where every sentence has the same number of trees."""
+        trees = chosen.repeat_interleave(len(self.correct) // len(chosen))
+        return SpanCounts(self.correct[trees], self.predicted[trees], self.gold[trees])
+
+    @property
+    def f1(self) -> Float[Tensor, "trees"]:
+        """Of each tree, in percent."""
+        return _f1(self.correct, self.predicted, self.gold)
+
     @property
     def sentence_f1(self) -> float:
         """The mean over trees, in percent."""
-        return float(_f1(self.correct, self.predicted, self.gold).mean())
+        return float(self.f1.mean())
 
     @property
     def corpus_f1(self) -> float:

@@ -37,7 +37,8 @@ class TransformerPolicy(ForestPolicy):
     """See the module's description.
 
     vocabulary: number of word ids.
-    nonterminals, preterminals, max_length, latent, backward: as for every `ForestPolicy`.
+    nonterminals, preterminals, max_length, latent, backward: as for every `ForestPolicy`. Roots
+        further behind, of sentences that only are parsed, are all in the last place.
     width, layers, heads: of the transformer.
     encoder_width: of the encoder that gives log Z(x), state flows and a learned P_B.
     precision: "bfloat16" runs the transformer in autocast; log-probabilities stay in float32.
@@ -187,7 +188,8 @@ class TransformerPolicy(ForestPolicy):
     ) -> Float[Tensor, "pairs width"]:
         """What the transformer says of each two neighbouring roots."""
         at = states.row[states.state] * embedding.shape[1] + states.at
-        tokens = nn.functional.embedding(at, embedding.flatten(0, 1)) + self.position(states.place)
+        place = self.position(states.place.clamp(max=self.position.num_embeddings - 1))
+        tokens = nn.functional.embedding(at, embedding.flatten(0, 1)) + place
         with self.autocast(True):
             hidden = self._contextual(tokens, states.groups)
             both = torch.cat([hidden[states.left], hidden[states.left + 1]], -1)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from gfnem.em import EM
 from gfnem.errors import UserError
 from gfnem.tasks.grammar import ensemble
+from gfnem.tasks.grammar.decode import Decode, bracketed
+from gfnem.tasks.grammar.decode import parse as parse_batch
 from gfnem.tasks.grammar.ensemble import BATCH, data_of, encode
-from gfnem.tasks.grammar.evaluate import Decode, bracketed
-from gfnem.tasks.grammar.evaluate import parse as parse_batch
 from gfnem.tasks.grammar.text.corpus import GrammarData, check_least
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def parse(
     """Bracketed trees of sentences, a line each.
 
     file: the sentences, one a line, words between spaces; standard input when None.
-    decode, samples: see `evaluate.parse`.
+    decode, samples: see `decode.parse`.
 
     A sentence that has no tree gives an empty line, so that input and output agree line by line,
     and a note on standard error. Unknown words are parsed, with a note.

@@ -13,7 +13,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +21,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gfnem.errors import UserError
+from gfnem.splits import named_split
 from gfnem.tasks.mixture.components import DEVIATION, petal_offsets
-
-SplitName = Literal["train", "valid", "test"]
 
 
 @dataclass(frozen=True)
@@ -90,8 +89,9 @@ class PointData:
         self.name = name
         self.truth = truth
 
-    def split(self, name: SplitName) -> Points:
-        return {"train": self.train, "valid": self.valid, "test": self.test}[name]
+    def split(self, name: str) -> Points:
+        """Give a part by its name; raises UserError for a name that there is not."""
+        return named_split({"train": self.train, "valid": self.valid, "test": self.test}, name)
 
     def train_batches(self, epoch: int) -> list[Points]:
         """All training points once, in an order that depends on `seed` and epoch alone."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 from gfnem import divergences
 from gfnem.em import Metrics
@@ -12,7 +12,7 @@ from gfnem.gradients import gradient_noise
 from gfnem.inference import device_of, inference
 from gfnem.model import LatentVariableModel
 from gfnem.posterior import Posterior
-from gfnem.tasks.mixture.data import PointData, Points, SplitName
+from gfnem.tasks.mixture.data import PointData, Points
 from gfnem.tasks.mixture.model import HierarchicalMixture
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class MixtureEvaluator:
         self, model: LatentVariableModel, posterior: Posterior, split: str, final: bool = False
     ) -> Metrics:
         assert isinstance(model, HierarchicalMixture)
-        x = self.data.split(cast(SplitName, split)).to(device_of(model))
+        x = self.data.split(split).to(device_of(model))
         with inference(model, posterior):
             log_likelihood = float(model.log_likelihood(x).double().mean())
             log_weights = posterior.sample(model, x, self.samples).log_weights

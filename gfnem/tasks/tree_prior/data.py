@@ -76,9 +76,7 @@ class ShapeData:
         self.binarization: Binarization = binarization
         self.batch_size = batch_size
         self.seed = seed
-        self._shapes = {
-            split: self._shapes_of(trees.split(split)) for split in ("train", "valid", "test")
-        }
+        self._shapes = {split: self._shapes_of(trees.split(split)) for split in trees.corpora}
 
     def _shapes_of(self, corpus: Corpus) -> Trees:
         assert corpus.gold is not None

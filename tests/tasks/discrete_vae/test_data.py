@@ -155,6 +155,8 @@ def test_digits_are_those_of_scikit_learn():
     assert (binary == (sixteenths / 16 > 0.5)).all()
     assert data.train.ids.tolist() == list(range(1437))
     assert data.split("test") is data.test
+    with pytest.raises(UserError, match="split is 'tset'; use one of train, valid, test"):
+        data.split("tset")
 
 
 def test_the_split_of_digits_depends_on_the_seed_alone():

@@ -12,6 +12,7 @@ from torch import Tensor
 from gfnem import objectives
 from gfnem.em import EM
 from gfnem.errors import UserError
+from gfnem.inference import log_mean_exp
 from gfnem.posterior import Latents
 from gfnem.posteriors.gflownet import Behaviour, GFlowNetPosterior
 from gfnem.posteriors.refinement import BackAndForth
@@ -502,3 +503,12 @@ def test_m_steps_take_the_log_joint_of_the_e_step(latent: Any, make: Any):
     kept = torch.autograd.grad(latents.log_joint.sum(), parameters)
     for one, other in zip(kept, torch.autograd.grad(again.sum(), parameters), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_sentences_longer_than_any_learned_from():
+    # The policy is made for 8 words; weights of draws are p(x) on average at any length.
+    model, policy = cfg("shape"), make_policy("shape", "relaxation", noise=0.1)
+    x = sentences([11, 3])
+    paths = policy.sample(policy.condition(model, x), 3000)
+    expected = model.log_likelihood(x).tolist()
+    assert log_mean_exp(paths.log_weights).tolist() == pytest.approx(expected, abs=0.05)

@@ -14,7 +14,7 @@ from gfnem.model import LatentVariableModel
 from gfnem.posterior import EStep, Latents, Posterior
 from gfnem.posteriors.exact import ExactPosterior
 from gfnem.tasks.grammar import ensemble
-from gfnem.tasks.grammar.evaluate import bracketed, parse
+from gfnem.tasks.grammar.decode import bracketed, parse
 from gfnem.tasks.grammar.model import GrammarModel
 from gfnem.tasks.grammar.text.brackets import Reading
 from gfnem.tasks.grammar.text.corpus import GrammarData, Vocabulary
@@ -244,8 +244,8 @@ def test_parse_ensemble_says_which_run_cannot_parse_a_sentence(tmp_path, capsys)
 
 def test_parse_ensemble_refuses_other_ways_to_decode_and_no_draws():
     runs = {"one": random_run(0)}
-    for decode in ("mbr", "sample", "viterbi"):
-        with pytest.raises(UserError, match=f"decode={decode} is of one run: several are decoded"):
-            list(parse_ensemble(runs, decode=decode))
+    for way in ("mbr", "sample", "viterbi"):
+        with pytest.raises(UserError, match=f"decode={way} is of one run: several are decoded"):
+            list(parse_ensemble(runs, decode=way))
     with pytest.raises(UserError, match="samples is 0; it must be at least 1"):
         list(parse_ensemble(runs, samples=0))

@@ -14,11 +14,13 @@ from gfnem.posterior import EStep, Latents, Posterior
 from gfnem.posteriors.exact import ExactPosterior
 from gfnem.run import Run
 from gfnem.tasks.grammar import inside
-from gfnem.tasks.grammar.evaluate import GrammarEvaluator, bracketed, parse
+from gfnem.tasks.grammar.decode import bracketed, parse
+from gfnem.tasks.grammar.evaluate import GrammarEvaluator
 from gfnem.tasks.grammar.f1 import SpanCounts
 from gfnem.tasks.grammar.model import ParsingModel
 from gfnem.tasks.grammar.potentials import Grammar
 from gfnem.tasks.grammar.text import sources as grammar_data
+from gfnem.tasks.grammar.text.brackets import Reading
 from gfnem.tasks.grammar.text.corpus import Corpus, GrammarData
 from gfnem.tasks.grammar.tree_energy import Depth
 from gfnem.tasks.grammar.tree_prior import TreePrior
@@ -48,14 +50,20 @@ def whole(length: int, *spans: tuple[int, int]) -> oracle.Shape:
 class Data(GrammarData):
     """Every split the same; sentences are lists of word ids."""
 
-    def __init__(self, sentences: list[list[int]], gold: list[oracle.Shape] | None = None):
+    def __init__(
+        self,
+        sentences: list[list[int]],
+        gold: list[oracle.Shape] | None = None,
+        more_tests: tuple[str, ...] = (),
+    ):
         words = [[f"w{word}" for word in sentence] for sentence in sentences]
         trees = None
         if gold is not None:
             trees = [tree_of(*pair) for pair in zip(words, gold, strict=True)]
         word_ids = [torch.tensor(sentence) for sentence in sentences]
         corpus = Corpus(words, word_ids, gold, trees, {})
-        self.corpora = dict.fromkeys(("train", "valid", "test"), corpus)
+        self.corpora = dict.fromkeys(("train", "valid", "test", *more_tests), corpus)
+        self.more_tests, self.long_test = list(more_tests), None
 
 
 def tree_of(words: list[str], spans: oracle.Shape):
@@ -342,6 +350,114 @@ def test_minimum_bayes_risk_breaks_ties_to_neither_side():
     assert 30 < metrics["valid/sentence_f1_mbr"] < 70
 
 
+def test_f1_of_short_sentences_is_that_of_the_same_draws():
+    data = Data([[0] * 8, [1] * 5, [1] * 3], [right(8), left(5), left(3)])
+    posterior = FixedPosterior([[left(8)], [left(5)], [right(3)]])
+    evaluator = GrammarEvaluator(data, samples=1, iw_samples=1, lengths=[5, 8, 2])
+    metrics = evaluator(Intractable(), posterior, "test", final=True)
+    assert metrics["test/sentence_f1_mbr"] == pytest.approx(100 / 3)
+    assert metrics["test_to_5/sentence_f1_mbr"] == 50
+    assert metrics["test_to_5/corpus_f1_mbr"] == 75
+    assert metrics["test_to_5/baseline_right_f1"] == 0
+    assert metrics["test_to_5/sentence_f1_mbr_over_right"] == 50
+    # All sentences have up to 8 words, and none has up to 2.
+    assert not any(key.startswith(("test_to_8", "test_to_2")) for key in metrics)
+    metrics = evaluator(Intractable(), posterior, "valid")
+    assert not any("_to_5" in key or "_low" in key or "over" in key for key in metrics)
+
+
+def test_further_tests_have_names_and_baselines_of_their_own():
+    data = Data([[0] * 8, [1] * 5], [right(8), left(5)])
+    posterior = FixedPosterior([[left(8)] * 2, [left(5)] * 2])
+    evaluator = GrammarEvaluator(data, samples=2, iw_samples=6, lengths=[])
+    alone = evaluator(right_branching_grammar(), posterior, "test", final=True)
+    other = Data([[0] * 8], [left(8)]).test
+    data.corpora["seen_text"] = other
+    data.more_tests.append("seen_text")
+    metrics = evaluator(right_branching_grammar(), posterior, "test", final=True)
+    seen = {key: value for key, value in metrics.items() if key.startswith("seen_text/")}
+    random = {"baseline/random_f1", "baseline/random_corpus_f1"}
+    assert {k: v for k, v in metrics.items() if k not in seen.keys() | random} == {
+        k: v for k, v in alone.items() if k not in random
+    }
+    assert (metrics["test/iw_samples"], seen["seen_text/iw_samples"]) == (6, 2)
+    assert seen["seen_text/sentence_f1_mbr"] == seen["seen_text/baseline_left_f1"] == 100
+    assert seen["seen_text/sentence_f1_mbr_over_right"] == 100
+    assert seen["seen_text/baseline_gold_right_edge"] == 0
+    assert seen["seen_text/nll_per_token"] > 0
+    # Rated on its own, it has all the draws.
+    own = evaluator(right_branching_grammar(), posterior, "seen_text", final=True)
+    assert own["seen_text/iw_samples"] == 6
+    assert own.keys() == seen.keys()
+
+
+class Counting(FixedPosterior):
+    """Right-branching trees of whatever sentences; keeps how long they were."""
+
+    def __init__(self):
+        super().__init__([[right(2)]])
+        self.rated: list[int] = []
+
+    def sample(self, model, x, samples: int) -> Latents:
+        self.rated += x.lengths.tolist()
+        trees = [[right(length)] * samples for length in x.lengths.tolist()]
+        return Latents(oracle.to_trees(trees, x.lengths), torch.zeros(len(x), samples))
+
+
+def test_longer_tests_rate_each_sentence_once(tmp_path):
+    longer = [left(7), right(6), right(3), left(4), right(9)]
+    lengths = [7, 6, 3, 4, 9]
+    trees = [tree_of(["w"] * n, z) for n, z in zip(lengths, longer, strict=True)]
+    reading = Reading.of_trees(trees)
+    data = GrammarData("", reading, reading, reading, 2, 4, 1, 2, 0, max_test_length=7)
+    posterior = Counting()
+    evaluator = GrammarEvaluator(data, samples=1, iw_samples=1, lengths=[3], train_sentences=1)
+    data.corpora["train"] = Data([[1] * 3]).train
+    run = Run.create(tmp_path / "run", {})
+    metrics = evaluator(right_branching_grammar(), posterior, "test", final=True)
+    # The short ones for the test, one for the fit to the training text, then the longer ones.
+    assert posterior.rated == [3, 4, 3, 6, 7]
+    assert metrics["test/sentence_f1"] == 50
+    assert metrics["test_to_3/sentence_f1"] == 100
+    assert metrics["test_to_7/sentence_f1"] == 50
+    assert metrics["test_to_7/sentence_f1_over_right"] == 0
+    # The exact trees branch to the right, however long.
+    assert metrics["test_to_7/sentence_f1_viterbi"] == metrics["test_to_7/baseline_right_f1"] == 50
+    spans = 4 + 1  # of 5 + 4 + 1 + 2
+    assert metrics["test_to_7/corpus_f1"] == pytest.approx(100 * spans / 12)
+    evaluator.report(right_branching_grammar(), posterior, run)
+    columns, *rows = table(run, "scores_test_to_7")
+    assert columns[:3] == ["sentence", "words", "sentence_f1"] and columns[-1] == "right_f1"
+    assert [row[:3] for row in rows] == [
+        ["0", "7", "0.0"],
+        ["1", "6", "100.0"],
+        ["2", "3", "100.0"],
+        ["3", "4", "0.0"],
+    ]
+    assert [row[:3] for row in table(run, "scores_test")[1:]] == [
+        ["0", "3", "100.0"],
+        ["1", "4", "0.0"],
+    ]
+    alone = evaluator(right_branching_grammar(), posterior, "test_to_7", final=True)
+    assert alone["test_to_7/sentence_f1"] == 50 and alone["test_to_7/nll_per_token"] > 0
+
+
+def test_selection_by_f1_takes_the_trees_of_the_validation_sentences():
+    data = Data([[0] * 5], [right(5)])
+    evaluator = GrammarEvaluator(data, samples=1, select="f1")
+    metrics = evaluator(Intractable(), FixedPosterior([[whole(5, *TWO_OF_THREE[2])]]), "valid")
+    assert evaluator.selection == "valid/f1_error"
+    f1 = metrics["valid/sentence_f1_mbr"]
+    assert 0 < f1 <= 100 and metrics["valid/f1_error"] == 100 - f1
+    final = evaluator(right_branching_grammar(), FixedPosterior([[left(5)]]), "test", final=True)
+    assert "test/f1_error" not in final
+    with pytest.raises(UserError, match="select='f1' needs trees of the validation sentences"):
+        GrammarEvaluator(Data([[0] * 5]), select="f1")
+    wrong: dict = {"select": "nll"}
+    with pytest.raises(UserError, match="select is 'nll'; use 'likelihood', 'posterior_gap' or"):
+        GrammarEvaluator(data, **wrong)
+
+
 def test_text_without_trees_has_no_f1():
     evaluator = GrammarEvaluator(Data([[0] * 8]), samples=1)
     posterior = FixedPosterior([[left(8)]])
@@ -377,6 +493,7 @@ def test_rating_runs_in_evaluation_mode_and_leaves_the_mode_as_it_was():
         ({"samples": 0}, "evaluator.samples is 0; it must be at least 1"),
         ({"samples": 8, "iw_samples": 7}, "evaluator.iw_samples is 7; it must be at least 8"),
         ({"batch_size": 0}, "evaluator.batch_size is 0; it must be at least 1"),
+        ({"lengths": [10, 1]}, "evaluator.lengths is 1; it must be at least 2"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):

@@ -12,7 +12,7 @@ from gfnem.em import EM
 from gfnem.errors import UserError
 from gfnem.posteriors.exact import ExactPosterior
 from gfnem.tasks.grammar.annotated import DenseGrammar
-from gfnem.tasks.grammar.evaluate import parse
+from gfnem.tasks.grammar.decode import parse
 from gfnem.tasks.grammar.factored import LowRankGrammar
 from gfnem.tasks.grammar.ncfg import NeuralNCFG
 from gfnem.tasks.grammar.text.sources import toy_english

@@ -10,6 +10,7 @@ from gfn.utils.prob_calculations import get_trajectory_pfs_and_pbs
 from torch import Tensor
 
 from gfnem.errors import UserError
+from gfnem.inference import log_mean_exp
 from gfnem.posteriors.gflownet import Behaviour, Paths
 from gfnem.tasks.grammar.messages import inside_scores
 from gfnem.tasks.grammar.policy import ForestCondition, ForestPolicy
@@ -564,3 +565,14 @@ def test_what_is_too_much_for_a_table_is_refused():
     message = "^sentences of 7 words have too many trees to list them all: use data.max_length=6$"
     with pytest.raises(UserError, match=message):
         policy.tabulate(condition)
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+def test_sentences_longer_than_any_learned_from(kind):
+    # Policies here are made for 8 words; weights of draws are p(x) on average at any length.
+    model, policy, x, condition = setting(kind, "shape", "uniform", [11, 3], noise=0.1)
+    paths = policy.sample(condition, 3000)
+    log_weights = paths.log_joint + (paths.log_backward - paths.log_forward).sum(0)
+    # Too many trees to list them.
+    expected = model.log_likelihood(x).tolist()
+    assert log_mean_exp(log_weights).tolist() == pytest.approx(expected, abs=0.05)

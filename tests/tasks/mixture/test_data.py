@@ -40,6 +40,13 @@ def test_default_problem():
     assert log_likelihood == pytest.approx(-2.82, abs=0.03)
 
 
+def test_parts_by_name():
+    data = sampled(train_points=3, valid_points=2, test_points=1)
+    assert data.split("valid") is data.valid
+    with pytest.raises(UserError, match="split is 'tset'; use one of train, valid, test"):
+        data.split("tset")
+
+
 def test_lattices_and_petals_of_other_sizes():
     spacing = 2 * sqrt(2)
     assert lattice(1, 3).tolist() == [[0, 0, 0]]

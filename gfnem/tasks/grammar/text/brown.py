@@ -24,6 +24,7 @@ def brown(
     split_clitics: bool = True,
     min_length: int = 2,
     max_length: int = 20,
+    max_test_length: int | None = None,
     min_count: int = 4,
     batch_size: int = 16,
     mix_lengths: bool = False,
@@ -44,7 +45,8 @@ def brown(
     keep_currency: take `$` and `#` for words.
     merge_numbers: write every number as `<num>`.
     split_clitics: write Brown's clitics as the treebank does, as words of their own: do n't.
-    mix_lengths, min_length, max_length, min_count, batch_size, seed: as for `GrammarData`.
+    mix_lengths, min_length, max_length, max_test_length, min_count, batch_size, seed: as for
+        `GrammarData`.
 
     Raises UserError where one of the corpora is neither found nor downloaded, or damaged, and where
     no text is left.
@@ -84,6 +86,7 @@ def brown(
         more_tests=more_tests,
         new_tests=True,
         mix_lengths=mix_lengths,
+        max_test_length=max_test_length,
     )
 
 

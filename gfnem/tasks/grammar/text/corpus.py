@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from gfnem.errors import UserError
+from gfnem.splits import named_split
 from gfnem.tasks.grammar.text.brackets import Reading, Span, gold_spans
 from gfnem.tasks.grammar.text.words import PLAIN, WordForms
 
@@ -111,9 +112,10 @@ class Corpus:
         words = pad_sequence([self.word_ids[i] for i in indices], batch_first=True)
         return Sentences(words, self.lengths[ids], ids)
 
-    def batches(self, batch_size: int) -> list[Sentences]:
-        """All sentences in a fixed order, from short to long."""
-        order = torch.argsort(self.lengths, stable=True).tolist()
+    def batches(self, batch_size: int, above: int = 0) -> list[Sentences]:
+        """All sentences of more than `above` words in a fixed order, from short to long."""
+        order = torch.argsort(self.lengths, stable=True)
+        order = order[self.lengths[order] > above].tolist()
         return [self.batch(indices) for indices in _chunks(order, batch_size)]
 
 
@@ -132,6 +134,14 @@ class GrammarData:
     new_tests: whether test sentences that are among the training sentences, word for word, are left
         out; those of `more_tests` stay.
     mix_lengths: whether a training batch has sentences of all lengths, not of one.
+    max_test_length: where it is above `max_length`, there is a further test corpus, named
+        `test_to_40` for 40: the test sentences of up to so many words, of which those of `test` are
+        the first part in length. Neither training nor a model's sizes know of it. None for none.
+
+    Attributes:
+        corpora: all of them by name.
+        more_tests: names of the test corpora beside `test` and the longer one.
+        long_test: name of the test corpus of longer sentences; None for none.
 
     Raises UserError for an option out of its range and for a split without sentences.
     """
@@ -152,6 +162,7 @@ class GrammarData:
         more_tests: Mapping[str, Reading] | None = None,
         new_tests: bool = False,
         mix_lengths: bool = False,
+        max_test_length: int | None = None,
     ):
         check_least("min_length", min_length, 2)
         check_least("max_length", max_length, min_length)
@@ -165,12 +176,24 @@ class GrammarData:
         self.forms = forms
         self.mix_lengths = mix_lengths
         readings = {"train": train, "valid": valid, "test": test, **(more_tests or {})}
+        limits = dict.fromkeys(readings, max_length)
+        tests = ["test"]
+        self.more_tests = list(more_tests or {})
+        self.long_test: str | None = None
+        if max_test_length is not None:
+            check_least("max_test_length", max_test_length, max_length)
+            if max_test_length > max_length:
+                self.long_test = f"test_to_{max_test_length}"
+                readings[self.long_test] = test
+                limits[self.long_test] = max_test_length
+                tests.append(self.long_test)
         kept = {
-            split: _within(split, reading, min_length, max_length)
+            split: _within(split, reading, min_length, limits[split])
             for split, reading in readings.items()
         }
         if new_tests:
-            kept["test"] = _without_known(*kept["test"], kept["train"][0])
+            for split in tests:
+                kept[split] = _without_known(*kept[split], kept["train"][0])
         self.vocabulary = vocabulary or Vocabulary.from_sentences(
             kept["train"][0].sentences, min_count
         )
@@ -197,16 +220,9 @@ class GrammarData:
     def test(self) -> Corpus:
         return self.corpora["test"]
 
-    @property
-    def more_tests(self) -> list[str]:
-        """Names of test corpora beside the first."""
-        return [name for name in self.corpora if name not in ("train", "valid", "test")]
-
     def split(self, name: str) -> Corpus:
         """Give a corpus by its name; raises UserError for a name that there is not."""
-        if name not in self.corpora:
-            raise UserError(f"split is {name!r}; use one of {', '.join(self.corpora)}")
-        return self.corpora[name]
+        return named_split(self.corpora, name)
 
     def encode(self, sentences: Iterable[Iterable[str]]) -> list[Int[Tensor, "length"]]:
         """Look up the ids of sentences' words, in the form that the vocabulary has them."""

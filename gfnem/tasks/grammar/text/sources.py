@@ -78,6 +78,7 @@ def treebank(
     keep_currency: bool = True,
     min_length: int = 2,
     max_length: int = 20,
+    max_test_length: int | None = None,
     min_count: int = 2,
     batch_size: int = 16,
     seed: int = 0,
@@ -93,7 +94,7 @@ def treebank(
         20 and 40 words; to length 20 it is 1,737 training, 145 validation and 115 test sentences
         and a vocabulary of 2,267, "<unk>" among them. Without, as in compound-pcfg, it is 1,752,
         152 and 119 sentences and a vocabulary of 2,281 (2,283 where three words are special).
-    min_length, max_length, min_count, batch_size, seed: as for `GrammarData`.
+    min_length, max_length, max_test_length, min_count, batch_size, seed: as for `GrammarData`.
 
     Raises UserError if the data is neither found nor downloaded, or damaged.
     """
@@ -105,6 +106,7 @@ def treebank(
         min_count,
         batch_size,
         seed,
+        max_test_length=max_test_length,
     )
 
 
@@ -123,6 +125,7 @@ def penn_treebank(
     keep_currency: bool = False,
     min_length: int = 2,
     max_length: int = 20,
+    max_test_length: int | None = None,
     min_count: int = 2,
     batch_size: int = 16,
     seed: int = 0,
@@ -134,7 +137,7 @@ def penn_treebank(
     dir: folder with the sections' folders in it, or the treebank's own folder, in which they are
         in `parsed/mrg/wsj`. None looks in the subfolder `ptb` of the folder that GFNEM_DATA names.
     keep_currency: take `$` and `#` for words; the field removes them (compound-pcfg).
-    min_length, max_length, min_count, batch_size, seed: as for `GrammarData`.
+    min_length, max_length, max_test_length, min_count, batch_size, seed: as for `GrammarData`.
 
     Raises UserError if the folder or one of the sections is not there.
     """
@@ -144,7 +147,16 @@ def penn_treebank(
         for numbers in (TRAIN_SECTIONS, VALID_SECTIONS, TEST_SECTIONS)
     )
     return GrammarData(
-        "ptb", train, valid, test, min_length, max_length, min_count, batch_size, seed
+        "ptb",
+        train,
+        valid,
+        test,
+        min_length,
+        max_length,
+        min_count,
+        batch_size,
+        seed,
+        max_test_length=max_test_length,
     )
 
 
@@ -154,6 +166,7 @@ def gum(
     keep_currency: bool = True,
     min_length: int = 2,
     max_length: int = 20,
+    max_test_length: int | None = None,
     min_count: int = 2,
     batch_size: int = 16,
     seed: int = 0,
@@ -167,7 +180,7 @@ def gum(
         names.
     valid_fraction: share of the trees of train.ptb that are for validation, the last ones.
     keep_currency: take `$` and `#` for words; compound-pcfg removes them.
-    min_length, max_length, min_count, batch_size, seed: as for `GrammarData`.
+    min_length, max_length, max_test_length, min_count, batch_size, seed: as for `GrammarData`.
 
     Raises UserError if the folder or one of the files is not there.
     """
@@ -194,6 +207,7 @@ def gum(
         min_count,
         batch_size,
         seed,
+        max_test_length=max_test_length,
     )
 
 
@@ -206,6 +220,7 @@ def bracketed(
     keep_currency: bool = True,
     min_length: int = 2,
     max_length: int = 20,
+    max_test_length: int | None = None,
     min_count: int = 2,
     batch_size: int = 16,
     seed: int = 0,
@@ -217,7 +232,7 @@ def bracketed(
     valid_fraction, test_fraction: shares of the training trees that are kept out for a split that
         is not given, evenly spread over the files and the same for every seed.
     keep_currency: take `$` and `#` for words; compound-pcfg removes them.
-    min_length, max_length, min_count, batch_size, seed: as for `GrammarData`.
+    min_length, max_length, max_test_length, min_count, batch_size, seed: as for `GrammarData`.
 
     Raises UserError for what cannot be read: it names the file and the line.
     """
@@ -228,7 +243,16 @@ def bracketed(
         valid_fraction,
         test_fraction,
     )
-    return GrammarData("bracketed", *splits, min_length, max_length, min_count, batch_size, seed)
+    return GrammarData(
+        "bracketed",
+        *splits,
+        min_length,
+        max_length,
+        min_count,
+        batch_size,
+        seed,
+        max_test_length=max_test_length,
+    )
 
 
 def text(
@@ -242,6 +266,7 @@ def text(
     split_clitics: bool = False,
     min_length: int = 2,
     max_length: int = 20,
+    max_test_length: int | None = None,
     min_count: int = 2,
     batch_size: int = 16,
     seed: int = 0,
@@ -258,7 +283,7 @@ def text(
     keep_currency: take `$` and `#` of trees for words, as they are in raw text.
     merge_numbers: write every number as `<num>`.
     split_clitics: make clitics of raw text words of their own, as the Penn Treebank does: do n't.
-    min_length, max_length, min_count, batch_size, seed: as for `GrammarData`.
+    min_length, max_length, max_test_length, min_count, batch_size, seed: as for `GrammarData`.
 
     Raises UserError for what cannot be read: it names the file and the line.
     """
@@ -278,7 +303,15 @@ def text(
         joined["train"], joined.get("valid"), joined.get("test"), valid_fraction, test_fraction
     )
     return GrammarData(
-        "text", *splits, min_length, max_length, min_count, batch_size, seed, forms=forms
+        "text",
+        *splits,
+        min_length,
+        max_length,
+        min_count,
+        batch_size,
+        seed,
+        forms=forms,
+        max_test_length=max_test_length,
     )
 
 

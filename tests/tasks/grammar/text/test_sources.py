@@ -193,6 +193,8 @@ def test_toy_english_keeps_to_its_sizes_and_repeats_no_sentence(toy: GrammarData
     assert len({tuple(sentence) for sentence in sentences}) == len(sentences) == 120
     assert all(2 <= len(sentence) <= 12 for sentence in sentences)
     assert toy.split("test") is toy.test
+    with pytest.raises(UserError, match="split is 'tset'; use one of train, valid, test"):
+        toy.split("tset")
 
 
 def test_toy_english_is_the_same_for_the_same_seed(toy: GrammarData):
@@ -282,6 +284,26 @@ def test_describe_accounts_for_all_that_was_read(tmp_path: Path):
         "1 without words)"
     )
     assert data.describe() == f"text: train {part}; valid {part}; test {part}; 3 words known"
+
+
+def test_longer_sentences_for_a_further_test(tmp_path: Path):
+    lines = ["a b c d e f", "a b c", "a b c d", "a b", "a b c d e f g h"]
+    file = write(tmp_path, "raw", "\n".join(lines))
+    plain = text(train=file, valid=file, test=file, max_length=4, min_count=1)
+    data = text(train=file, valid=file, test=file, max_length=4, max_test_length=6, min_count=1)
+    assert (plain.long_test, data.long_test) == (None, "test_to_6")
+    assert data.sizes() == plain.sizes() == {"vocabulary": 5, "max_length": 4}
+    assert data.test.sentences == plain.test.sentences
+    longer = data.split("test_to_6")
+    assert longer.lengths.tolist() == [6, 3, 4, 2]
+    assert longer.word_ids[0].tolist() == [*longer.word_ids[2].tolist(), 0, 0]  # e and f unknown
+    assert longer.left_out == {"longer than 6": 1}
+    assert [x.lengths.tolist() for x in longer.batches(2, above=2)] == [[3, 4], [6]]
+    assert data.more_tests == []
+    at_most = text(train=file, valid=file, test=file, max_length=4, max_test_length=4)
+    assert at_most.long_test is None
+    with pytest.raises(UserError, match="max_test_length is 3; it must be at least 4"):
+        text(train=file, valid=file, test=file, max_length=4, max_test_length=3)
 
 
 # Raw text and trees from different files.
