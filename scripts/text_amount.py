@@ -78,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def trained(places: Sequence[Path]) -> Iterator[Trained]:
     """Read the runs; data that several were trained on is read once."""
     paths = sorted({file.parent for place in places for file in place.rglob("config.yaml")})
+    if not paths:
+        raise UserError(f"{', '.join(map(str, places))} hold no runs: give directories of runs")
     read: dict[str, GrammarData] = {}
     for path in paths:
         run = Run.open(path)

@@ -28,17 +28,21 @@ TREES = {
 }
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def write_corpora(folder: Path) -> None:
     """NLTK's folder with a Brown corpus of two sentences and a treebank of four."""
-    (tmp_path / "corpora" / "treebank" / "combined").mkdir(parents=True)
+    (folder / "corpora" / "treebank" / "combined").mkdir(parents=True)
     for number in range(1, 200):
         trees = TREES.get(number, ["(S one)"])
-        file = tmp_path / "corpora" / "treebank" / "combined" / f"wsj_{number:04}.mrg"
+        file = folder / "corpora" / "treebank" / "combined" / f"wsj_{number:04}.mrg"
         file.write_text("\n".join(trees))
-    with zipfile.ZipFile(tmp_path / "corpora" / "brown.zip", "w") as archive:
+    with zipfile.ZipFile(folder / "corpora" / "brown.zip", "w") as archive:
         archive.writestr("brown/ca01", TEXT)
         archive.writestr("brown/cats.txt", "ca01 news")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_corpora(tmp_path)
     return tmp_path
 
 
