@@ -9,9 +9,9 @@ hence words are summed out as in `potentials`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gfnem.categorical import sample_categorical
-from gfnem.tasks.grammar.potentials import MergePotentials, Potentials, Same
+from gfnem.tasks.grammar.potentials import MergePotentials, Potentials
 from gfnem.tasks.grammar.products import matrix_vector, times_narrow
 from gfnem.tasks.grammar.same_key import SameKey
 
@@ -43,11 +43,6 @@ class ContextPotentials(MergePotentials):
     log_word: log of the mean over T and A of p(T -> w_i | T, A).
     root, lengths: as in `Potentials`.
     """
-
-    def detach(self: Same) -> Same:
-        """The same without gradients."""
-        this: Any = self
-        return replace(this, **{f.name: getattr(this, f.name).detach() for f in fields(this)})
 
     def average(self, message: Tensor, whole: Tensor, weights: Tensor | None = None) -> Tensor:
         under_s, others = message[..., -1, :], message[..., :-1, :]

@@ -40,12 +40,15 @@ LOG_ZERO = -1e4
 class ForestCondition:
     """A batch of sentences as policies see it.
 
-    potentials: what the model's grammar says of the words, without gradients.
+    model_potentials: what the model's grammar says of the words; differentiable for shapes alone,
+        so that an M-step on them needs no others. Labelled trees look up their rules one by one.
+    potentials: the same without gradients.
     encode: the policy's encoder; it runs when something is first asked of it.
     """
 
     model: GrammarModel
     sentences: Sentences
+    model_potentials: MergePotentials
     potentials: MergePotentials
     encode: Callable[[], SpanEncoding]
 
@@ -64,6 +67,7 @@ class ForestCondition:
         return ForestCondition(
             self.model,
             Sentences(sentences.words[rows], sentences.lengths[rows], sentences.ids[rows]),
+            self.model_potentials.select(rows),
             self.potentials.select(rows),
             lambda: self.encoding.select(rows),
         )
@@ -190,16 +194,17 @@ class ForestPolicy(NumberedPolicy):
             )
 
     def condition(self, model: GrammarModel, x: Sentences) -> ForestCondition:
-        with torch.no_grad():
-            potentials = model.potentials(x)
         gradients = torch.is_grad_enabled()
+        with torch.set_grad_enabled(gradients and not self.labelled):
+            model_potentials = model.potentials(x)
+        potentials = model_potentials.detach()
 
         def encode() -> SpanEncoding:
             # Whoever asks first, sampling without gradients perhaps, asks for all.
             with torch.set_grad_enabled(gradients):
                 return self.encoder(potentials.preterminal, x.lengths)
 
-        self.last_condition = ForestCondition(model, x, potentials, encode)
+        self.last_condition = ForestCondition(model, x, model_potentials, potentials, encode)
         return self.last_condition
 
     def estimators(self) -> tuple[ForestEstimator, ForestEstimator]:
@@ -343,8 +348,8 @@ class ForestPolicy(NumberedPolicy):
         score_from: Int[Tensor, "rows"] | None = None,
     ) -> Paths:
         """All there is to say of trajectories whose log P_F is known."""
-        node_scores, log_joint = condition.model.inside_scores(condition.potentials, trees)
-        log_joint = log_joint + condition.model.log_prior_weight(trees)
+        model_log_joint = condition.model.log_joint_given(condition.model_potentials, trees)
+        log_joint = model_log_joint.detach()
         samples = trees.start.shape[1]
         backward = self._log_backward(condition, trees, merges)
         if score_from is not None:
@@ -360,8 +365,9 @@ class ForestPolicy(NumberedPolicy):
             log_joint=log_joint,
             log_forward=by_step(forward),
             log_backward=by_step(backward),
-            flows=lambda: self._flows(condition, trees, merges, node_scores, log_joint),
+            flows=lambda: self._flows(condition, trees, merges, log_joint),
             record=merges,
+            model_log_joint=model_log_joint if model_log_joint.requires_grad else None,
         )
 
     def _act(
@@ -471,7 +477,6 @@ class ForestPolicy(NumberedPolicy):
         condition: ForestCondition,
         trees: Trees,
         merges: Merges,
-        node_scores: Float[Tensor, "batch samples nodes"],
         log_joint: Float[Tensor, "batch samples"],
     ) -> tuple[Float[Tensor, "steps rows"], Float[Tensor, "steps rows"]]:
         """Learned log flow and partial log p of the states before each step, the exit's too.
@@ -493,6 +498,7 @@ class ForestPolicy(NumberedPolicy):
             ],
             1,
         )
+        node_scores, _ = condition.model.inside_scores(condition.potentials, trees)
         partial = torch.cat([condition.potentials.log_word[sentence], node_scores.flatten(0, 1)], 1)
         step = torch.arange(start.shape[1] + 1, device=start.device)[:, None, None]
         is_root = (made < step) & (merged >= step)

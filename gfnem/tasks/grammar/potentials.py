@@ -80,6 +80,11 @@ class MergePotentials(ABC):
         of_words = {f.name for f in fields(this)} - self.of_grammar
         return replace(this, **{name: getattr(this, name)[rows] for name in of_words})
 
+    def detach(self: Same) -> Same:
+        """The same without gradients."""
+        this: Any = self
+        return replace(this, **{f.name: getattr(this, f.name).detach() for f in fields(this)})
+
     @property
     @abstractmethod
     def contexts(self) -> int:
