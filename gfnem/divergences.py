@@ -9,8 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gfnem.errors import UserError
+from gfnem.latents import LatentTable
 from gfnem.model import LatentVariableModel
-from gfnem.posterior import LatentTable, Posterior
+from gfnem.posterior import Posterior
 
 # A mode is at least so likely as this share of the likeliest latent, and q covers it with at least
 # this share of its probability.

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from gfnem.errors import UserError
+from gfnem.latents import EStep, Latents
 from gfnem.model import ClosedFormModel, LatentVariableModel
-from gfnem.posterior import EStep, Latents, Posterior
+from gfnem.posterior import Posterior
 from gfnem.schedule import Alternation, Schedule
 from gfnem.training.average import AveragedWeights
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from gfnem.posterior import Latents
+from gfnem.latents import Latents
 
 
 class LatentVariableModel(nn.Module, ABC):
@@ -34,6 +34,14 @@ class LatentVariableModel(nn.Module, ABC):
     @abstractmethod
     def log_joint(self, x: Any, z: Any) -> Float[Tensor, "batch samples"]:
         """log p(x, z) in nats for `samples` latents of each data point, differentiable."""
+
+    def expected_log_joint(self, x: Any, latents: Latents) -> Float[Tensor, "batch"]:
+        """The mean of log p(x, z) over latents, as much as each counts in the M-step.
+
+        Differentiable; log p(x, z) is not computed where it is known.
+        """
+        known = latents.log_joint
+        return latents.mean(self.log_joint(x, latents.z) if known is None else known)
 
     @abstractmethod
     def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Any, Any]:
@@ -66,3 +74,71 @@ class ClosedFormModel(LatentVariableModel, ABC):
         """Set the parameters to the maximiser of the weighted sum of log p(x, z) over a batch and
         its latents, with `m_step_weights`.
         """
+
+
+class TractableModel(LatentVariableModel, ABC):
+    """A model whose likelihood and posterior can be computed."""
+
+    @property
+    def tractable(self) -> bool:
+        """Whether it is for the sizes at hand."""
+        return True
+
+    @property
+    def tractable_sizes(self) -> str:
+        """The sizes that it is tractable for, in brackets, as a part of error messages."""
+        return ""
+
+    @abstractmethod
+    def log_likelihood(self, x: Any) -> Float[Tensor, "batch"] | None:
+        """Exact log p(x) in nats, differentiable; None where the model is not `tractable`."""
+
+    @abstractmethod
+    def sample_posterior(self, x: Any, samples: int) -> Any:
+        """Latents z drawn from p(z | x)."""
+
+    def weighted_posterior(self, x: Any, samples: int) -> Latents:
+        """The same with their weights, log p(x) each; without gradients."""
+        with torch.no_grad():
+            log_likelihood = self.log_likelihood(x)
+            assert log_likelihood is not None
+            z = self.sample_posterior(x, samples)
+        return Latents(z, log_likelihood[:, None].expand(-1, samples))
+
+    def enumerate(self, x: Any) -> Latents | None:
+        """Every z, with p(z | x) as its `m_step_weights`; None for a model that does not do it."""
+        return None
+
+
+class PriorModel(LatentVariableModel, ABC):
+    """A model that knows its prior."""
+
+    @abstractmethod
+    def sample_prior(self, x: Any, samples: int) -> tuple[Any, Float[Tensor, "batch samples"]]:
+        """Latents z drawn for each data point without looking at it, and the logarithm of the
+        probabilities with which they were drawn.
+
+        What p(x | z) needs of x in order not to be 0, such as its length, may be known. Independent
+        for one data point; several may get the same.
+        """
+
+
+class FactorisedModel(LatentVariableModel, ABC):
+    """A model whose z has so many parts, and each part so many values, whatever x."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> Sequence[int]:
+        """Number of values of each part."""
+
+    @abstractmethod
+    def expected_log_joint_of(
+        self, x: Any, q: Sequence[Float[Tensor, "batch _"]], part: int
+    ) -> Float[Tensor, "batch values"]:
+        """E[log p(x, z)] for each value of one part, the others distributed independently by q;
+        differentiable. What q says of the part itself does not matter.
+        """
+
+    @abstractmethod
+    def latents(self, index: Int[Tensor, "batch samples parts"]) -> Any:
+        """z of given values, from 0, of its parts."""

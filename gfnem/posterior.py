@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,65 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gfnem.errors import UserError
+from gfnem.latents import EStep, Latents, LatentTable
 from gfnem.model import LatentVariableModel
-
-
-@dataclass(frozen=True)
-class Latents:
-    """Latents drawn for a batch of data.
-
-    z: `samples` latents for each data point.
-    log_weights: log of importance weights w with E_q[w] = p(x): for a GFlowNet
-        log p(x, z) + log P_B(trajectory | z) - log P_F(trajectory | x). None for latents that are
-        no plain draws any more.
-    m_step_weights: how much each latent counts in the M-step, summing to 1 for each data point;
-        None for equal weights.
-    log_joint: log p(x, z), differentiable in the model as long as that has not moved; None where
-        drawing them did not need it.
-    """
-
-    z: Any
-    log_weights: Float[Tensor, "batch samples"] | None
-    m_step_weights: Float[Tensor, "batch samples"] | None = None
-    log_joint: Float[Tensor, "batch samples"] | None = None
-
-    def mean(self, values: Float[Tensor, "batch samples"]) -> Float[Tensor, "batch"]:
-        """Of a value of each latent, as much as it counts in the M-step."""
-        if self.m_step_weights is None:
-            return values.mean(-1)
-        return (self.m_step_weights * values).sum(-1)
-
-    def expected_log_joint(self, model: LatentVariableModel, x: Any) -> Float[Tensor, "batch"]:
-        """The mean of log p(x, z), differentiable in the model; not computed where it is known."""
-        return self.mean(model.log_joint(x, self.z) if self.log_joint is None else self.log_joint)
-
-
-@dataclass(frozen=True)
-class LatentTable:
-    """Every latent of each data point. A column may be another's repetition, or be no latent of
-    this data point: then both entries are -inf.
-
-    log_joint: log p(x, z).
-    log_q: log q(z | x), exact.
-    """
-
-    log_joint: Float[Tensor, "batch latents"]
-    log_q: Float[Tensor, "batch latents"]
-
-
-@dataclass(frozen=True)
-class EStep:
-    """What one E-step on one batch gives.
-
-    loss: to be minimised in q's parameters; None for a posterior without any.
-    latents: the latents it was trained on where they are draws of q, for an M-step on the same
-        batch; None otherwise.
-    metrics: figures worth logging; tensors of them hold one number.
-    """
-
-    loss: Float[Tensor, ""] | None
-    latents: Latents | None
-    metrics: Mapping[str, float | Tensor] = field(default_factory=dict)
 
 
 def check_m_step(m_step: str, known: Sequence[str] = ("gradient", "closed")) -> None:
@@ -153,7 +95,7 @@ class Posterior(nn.Module, ABC):
 
         latents: as for `m_step_latents`.
         """
-        return self.m_step_latents(model, x, latents).expected_log_joint(model, x)
+        return model.expected_log_joint(x, self.m_step_latents(model, x, latents))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameters for a torch optimizer; empty where nothing is learned."""

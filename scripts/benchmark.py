@@ -36,16 +36,16 @@ from typing import Any, Literal
 
 import torch
 
-from gfnem import objectives
 from gfnem.build import set_up
 from gfnem.em import EM, Trainer, minimise
 from gfnem.errors import UserError
+from gfnem.gflownet import objectives
+from gfnem.gflownet.refinement import BackAndForth, ImportanceWeighting
 from gfnem.inference import inference
 from gfnem.model import LatentVariableModel
 from gfnem.posterior import Posterior
 from gfnem.posteriors.exact import ExactPosterior
 from gfnem.posteriors.gflownet import GFlowNetPosterior
-from gfnem.posteriors.refinement import BackAndForth, ImportanceWeighting
 from gfnem.precision import Precision, cpu_has_bfloat16
 from gfnem.schedule import Alternation
 from gfnem.tasks.discrete_vae.causal import PriorName
@@ -138,7 +138,7 @@ def iteration(
         with torch.no_grad():
             latents = posterior.refine(model, x, estep.latents)
         times.append(time.perf_counter())
-        p.step(-latents.expected_log_joint(model, x).mean())
+        p.step(-model.expected_log_joint(x, latents).mean())
         times.append(time.perf_counter())
         for part, began, ended in zip(parts.values(), times, times[1:], strict=False):
             part.append(ended - began)

@@ -161,7 +161,9 @@ class TestTrain:
         configs = [yaml.safe_load(Path(f"sweep/{n}/config.yaml").read_text()) for n in (0, 1)]
         assert sorted(os.listdir("sweep")) == ["0", "1"]
         assert [config["seed"] for config in configs] == [3, 4]
-        assert {config["objective"]["_target_"] for config in configs} == {"gfnem.objectives.db"}
+        assert {config["objective"]["_target_"] for config in configs} == {
+            "gfnem.gflownet.objectives.db"
+        }
         assert all("hydra" not in config for config in configs)
         assert "job 1 of 2: seed=3 objective=db" in capsys.readouterr().out.replace("  ", " ")
 

@@ -19,6 +19,7 @@ from gfnem.help import config_folder, groups_in
 from gfnem.posteriors.mean_field import MeanField
 from gfnem.tasks.mixture.data import sampled
 from gfnem.tasks.mixture.model import starting_at
+from tests.tasks.grammar.text.test_brown import write_corpora
 
 GROUPS = groups_in(config_folder())
 OPTIONS = [(group, option) for group, options in GROUPS.items() for option in options]
@@ -120,9 +121,15 @@ def test_option(
         overrides = ["device=cpu", f"{group}={option}", *few, "policy.width=8"]
         if group == "model":
             overrides.append("data=random_grammar")
+    elif (group, option) == ("experiment", "brown"):
+        write_corpora(Path())
+        overrides = ["device=cpu", *tiny_run, "experiment=brown", "data.dir=.", "policy.width=8"]
     elif group == "data" and option != "toy_english":
         overrides = ["device=cpu", *tiny_run, f"data={option}"]
-        if option in FILES:
+        if option == "brown":
+            write_corpora(Path())
+            overrides.append("data.dir=.")
+        elif option in FILES:
             Path("train.txt").write_text(FILES[option])
             overrides.append("data.train=train.txt")
         elif option == "ptb":

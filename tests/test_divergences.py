@@ -8,7 +8,7 @@ from scipy.stats import entropy
 
 from gfnem.divergences import divergences, rate
 from gfnem.errors import UserError
-from gfnem.posterior import LatentTable
+from gfnem.latents import LatentTable
 from gfnem.posteriors.exact import ExactPosterior
 from tests.tasks.mixture.tiny import make_model, points
 

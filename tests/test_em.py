@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from gfnem.em import EM, Diverged, Trainer
 from gfnem.errors import UserError
-from gfnem.model import ClosedFormModel, LatentVariableModel
-from gfnem.posterior import EStep, Latents, Posterior
-from gfnem.posteriors.exact import ExactPosterior, TractableModel
+from gfnem.latents import EStep, Latents
+from gfnem.model import ClosedFormModel, LatentVariableModel, TractableModel
+from gfnem.posterior import Posterior
+from gfnem.posteriors.exact import ExactPosterior
 from gfnem.run import FilesTracker, Run
 from gfnem.schedule import AdaptiveThreshold, Alternation
 

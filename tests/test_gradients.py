@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from gfnem import objectives
 from gfnem.em import EM
 from gfnem.errors import UserError
+from gfnem.gflownet import objectives
 from gfnem.gradients import gradient_noise
+from gfnem.latents import EStep, Latents
 from gfnem.model import LatentVariableModel
-from gfnem.posterior import EStep, Latents, Posterior
+from gfnem.posterior import Posterior
 from gfnem.posteriors.exact import ExactPosterior
 from gfnem.posteriors.gflownet import GFlowNetPosterior
 from gfnem.tasks.mixture.evaluate import MixtureEvaluator

@@ -2,50 +2,15 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import Any, Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from gfnem.errors import UserError
-from gfnem.model import LatentVariableModel
-from gfnem.posterior import EStep, Latents, Posterior, check_m_step
-
-
-class TractableModel(LatentVariableModel, ABC):
-    """A model whose likelihood and posterior can be computed."""
-
-    @property
-    def tractable(self) -> bool:
-        """Whether it is for the sizes at hand."""
-        return True
-
-    @property
-    def tractable_sizes(self) -> str:
-        """The sizes that it is tractable for, in brackets, as a part of error messages."""
-        return ""
-
-    @abstractmethod
-    def log_likelihood(self, x: Any) -> Float[Tensor, "batch"] | None:
-        """Exact log p(x) in nats, differentiable; None where the model is not `tractable`."""
-
-    @abstractmethod
-    def sample_posterior(self, x: Any, samples: int) -> Any:
-        """Latents z drawn from p(z | x)."""
-
-    def weighted_posterior(self, x: Any, samples: int) -> Latents:
-        """The same with their weights, log p(x) each; without gradients."""
-        with torch.no_grad():
-            log_likelihood = self.log_likelihood(x)
-            assert log_likelihood is not None
-            z = self.sample_posterior(x, samples)
-        return Latents(z, log_likelihood[:, None].expand(-1, samples))
-
-    def enumerate(self, x: Any) -> Latents | None:
-        """Every z, with p(z | x) as its `m_step_weights`; None for a model that does not do it."""
-        return None
+from gfnem.latents import EStep, Latents
+from gfnem.model import LatentVariableModel, TractableModel
+from gfnem.posterior import Posterior, check_m_step
 
 
 class ExactPosterior(Posterior):

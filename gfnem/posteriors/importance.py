@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from gfnem.errors import UserError
 from gfnem.inference import log_mean_exp
-from gfnem.model import LatentVariableModel
-from gfnem.posterior import EStep, Latents, Posterior, check_m_step
-
-
-class PriorModel(LatentVariableModel, ABC):
-    """A model that knows its prior."""
-
-    @abstractmethod
-    def sample_prior(self, x: Any, samples: int) -> tuple[Any, Float[Tensor, "batch samples"]]:
-        """Latents z drawn for each data point without looking at it, and the logarithm of the
-        probabilities with which they were drawn.
-
-        What p(x | z) needs of x in order not to be 0, such as its length, may be known. Independent
-        for one data point; several may get the same.
-        """
+from gfnem.latents import EStep, Latents
+from gfnem.model import LatentVariableModel, PriorModel
+from gfnem.posterior import Posterior, check_m_step
 
 
 class Prior(Posterior):

@@ -12,10 +12,10 @@ from torch.nn import functional
 
 from gfnem.categorical import sample_categorical
 from gfnem.errors import UserError
-from gfnem.model import LatentVariableModel
-from gfnem.posterior import EStep, Latents, Posterior, check_m_step
-from gfnem.posteriors.kept import Kept
-from gfnem.posteriors.mean_field import FactorisedModel
+from gfnem.gflownet.kept import Kept
+from gfnem.latents import EStep, Latents
+from gfnem.model import FactorisedModel, LatentVariableModel
+from gfnem.posterior import Posterior, check_m_step
 
 
 class Moves(ABC):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -12,31 +11,11 @@ from torch import Tensor
 
 from gfnem.categorical import sample_categorical
 from gfnem.errors import UserError
-from gfnem.model import LatentVariableModel
-from gfnem.posterior import EStep, Latents, Posterior, check_m_step
+from gfnem.latents import EStep, Latents
+from gfnem.model import FactorisedModel, LatentVariableModel
+from gfnem.posterior import Posterior, check_m_step
 
 Factors = list[Float[Tensor, "batch values"]]
-
-
-class FactorisedModel(LatentVariableModel, ABC):
-    """A model whose z has so many parts, and each part so many values, whatever x."""
-
-    @property
-    @abstractmethod
-    def parts(self) -> Sequence[int]:
-        """Number of values of each part."""
-
-    @abstractmethod
-    def expected_log_joint_of(
-        self, x: Any, q: Sequence[Float[Tensor, "batch _"]], part: int
-    ) -> Float[Tensor, "batch values"]:
-        """E[log p(x, z)] for each value of one part, the others distributed independently by q;
-        differentiable. What q says of the part itself does not matter.
-        """
-
-    @abstractmethod
-    def latents(self, index: Int[Tensor, "batch samples parts"]) -> Any:
-        """z of given values, from 0, of its parts."""
 
 
 class MeanField(Posterior):

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from gfnem.em import EM
 from gfnem.errors import UserError
-from gfnem.objectives import forward_kl, reverse_kl, sleep, subtb, vargrad
-from gfnem.posteriors.gflownet import GFlowNetPosterior, Policy
-from gfnem.posteriors.refinement import BackAndForth
-from gfnem.posteriors.replay import Replay
+from gfnem.gflownet.objectives import forward_kl, reverse_kl, sleep, subtb, vargrad
+from gfnem.gflownet.policy import Policy
+from gfnem.gflownet.refinement import BackAndForth
+from gfnem.gflownet.replay import Replay
+from gfnem.posteriors.gflownet import GFlowNetPosterior
 from gfnem.tasks.grammar.encoder import SpanEncoder
 from gfnem.tasks.grammar.model import NeuralPCFG
 from gfnem.tasks.grammar.root_flow import RootFlowPolicy

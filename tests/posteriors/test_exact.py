@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from gfnem.errors import UserError
-from gfnem.model import LatentVariableModel
-from gfnem.posteriors.exact import ExactPosterior, TractableModel
+from gfnem.model import LatentVariableModel, TractableModel
+from gfnem.posteriors.exact import ExactPosterior
 from tests.tasks.grammar import oracle
 from tests.tasks.grammar.tiny import (
     LATENTS,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gfnem.errors import UserError
-from gfnem.objectives import (
+from gfnem.gflownet.objectives import (
     Objective,
     db,
     fl_db,
@@ -20,8 +20,9 @@ from gfnem.objectives import (
     vargrad,
     weighted_sum,
 )
-from gfnem.posterior import EStep, Latents
-from gfnem.posteriors.gflownet import Behaviour, GFlowNetPosterior
+from gfnem.gflownet.policy import Behaviour
+from gfnem.latents import EStep, Latents
+from gfnem.posteriors.gflownet import GFlowNetPosterior
 from gfnem.tasks.grammar.model import NeuralPCFG, ParsingModel
 from gfnem.tasks.grammar.potentials import Grammar
 from gfnem.tasks.grammar.text.corpus import Sentences

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from gfnem.errors import UserError
-from gfnem.posterior import EStep, Latents, Posterior
+from gfnem.latents import EStep, Latents
+from gfnem.posterior import Posterior
 from gfnem.posteriors.gflownet import GFlowNetPosterior
 from gfnem.posteriors.importance import ImportancePosterior
 from gfnem.posteriors.mcmc import MCMC, Gibbs

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gfnem.errors import UserError
-from gfnem.posterior import Latents
+from gfnem.latents import Latents
 from gfnem.posteriors.mcmc import MCMC, Gibbs, Moves
 from gfnem.tasks.mixture.model import HierarchicalMixture
 from tests.tasks.discrete_vae.tiny import make_model as make_vae

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gfnem.posteriors.sequence_env import SequenceEnv
+from gfnem.gflownet.sequence_env import SequenceEnv
 
 
 class GridEnv(SequenceEnv):

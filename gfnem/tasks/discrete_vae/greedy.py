@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from gfnem.gflownet.policy import Policy
+from gfnem.gflownet.refinement import Refinement
+from gfnem.latents import Latents
 from gfnem.model import LatentVariableModel
-from gfnem.posterior import Latents
-from gfnem.posteriors.gflownet import Policy
-from gfnem.posteriors.refinement import Refinement
 from gfnem.tasks.discrete_vae.codes import Codes
 from gfnem.tasks.discrete_vae.policy import GridPolicy
 

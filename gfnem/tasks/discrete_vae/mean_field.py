@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from gfnem.errors import UserError
-from gfnem.posterior import EStep, Latents, Posterior
-from gfnem.posteriors.refinement import Refinement
+from gfnem.gflownet.refinement import Refinement
+from gfnem.latents import EStep, Latents
+from gfnem.posterior import Posterior
 from gfnem.tasks.discrete_vae.data import Images
 from gfnem.tasks.discrete_vae.model import DiscreteVAE
 from gfnem.tasks.discrete_vae.policy import GridPolicy

@@ -10,8 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gfnem.errors import UserError
-from gfnem.posteriors.exact import TractableModel
-from gfnem.posteriors.importance import PriorModel
+from gfnem.model import PriorModel, TractableModel
 from gfnem.precision import Precision, check_precision, in_precision
 from gfnem.tasks.discrete_vae.causal import PriorName, prior_named
 from gfnem.tasks.discrete_vae.codes import Codes, distinct

@@ -14,9 +14,9 @@ from torch.nn import functional
 
 from gfnem.categorical import sample_categorical
 from gfnem.errors import UserError
-from gfnem.posteriors.estimator import PolicyEstimator
-from gfnem.posteriors.gflownet import Behaviour
-from gfnem.posteriors.sequence import SequencePolicy
+from gfnem.gflownet.estimator import PolicyEstimator
+from gfnem.gflownet.policy import Behaviour
+from gfnem.gflownet.sequence import SequencePolicy
 from gfnem.precision import Precision, check_precision, training_precision
 from gfnem.tasks.discrete_vae.causal import CausalLinear
 from gfnem.tasks.discrete_vae.codes import Codes, distinct

@@ -13,7 +13,7 @@ from torch import Tensor
 from vector_quantize_pytorch import FSQ, VectorQuantize
 
 from gfnem.errors import UserError
-from gfnem.posterior import EStep
+from gfnem.latents import EStep
 from gfnem.tasks.discrete_vae.data import Images
 from gfnem.tasks.discrete_vae.mean_field import GridPosterior
 from gfnem.tasks.discrete_vae.model import DiscreteVAE

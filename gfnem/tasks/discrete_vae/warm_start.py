@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from gfnem.errors import UserError
-from gfnem.posterior import EStep, Latents, Posterior
+from gfnem.latents import EStep, Latents
+from gfnem.posterior import Posterior
 from gfnem.tasks.discrete_vae.data import Images
 from gfnem.tasks.discrete_vae.importance import choose_temperature
 from gfnem.tasks.discrete_vae.model import DiscreteVAE

@@ -28,16 +28,16 @@ from torch import Tensor, nn
 
 from gfnem.categorical import sample_categorical
 from gfnem.errors import UserError
-from gfnem.model import LatentVariableModel
-from gfnem.objectives import ScoredTrajectories
-from gfnem.posteriors.gflownet import (
+from gfnem.gflownet.objectives import ScoredTrajectories
+from gfnem.gflownet.policy import (
     ON_POLICY,
     Behaviour,
     NumberedPolicy,
     Paths,
     trajectories_of_choices,
 )
-from gfnem.posteriors.sequence_env import SequenceEnv
+from gfnem.gflownet.sequence_env import SequenceEnv
+from gfnem.model import LatentVariableModel
 from gfnem.tasks.grammar.annotated import AnnotatedGrammar, AnnotatedPotentials, ContextPotentials
 from gfnem.tasks.grammar.annotated_messages import contexts
 from gfnem.tasks.grammar.chart_estimators import ChartEstimator

@@ -12,7 +12,7 @@ from gfn.states import DiscreteStates
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gfnem.posteriors.estimator import PolicyEstimator
+from gfnem.gflownet.estimator import PolicyEstimator
 
 if TYPE_CHECKING:
     from gfnem.tasks.grammar.chart import ChartPolicy, Spans

@@ -13,7 +13,7 @@ from gfn.states import DiscreteStates
 from jaxtyping import Float
 from torch import Tensor
 
-from gfnem.posteriors.estimator import PolicyEstimator
+from gfnem.gflownet.estimator import PolicyEstimator
 from gfnem.tasks.grammar.env import LATER, Forest
 
 if TYPE_CHECKING:

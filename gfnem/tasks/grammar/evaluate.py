@@ -16,9 +16,9 @@ from gfnem.em import Metrics
 from gfnem.errors import UserError
 from gfnem.gradients import gradient_noise
 from gfnem.inference import device_of, inference, log_mean_exp
-from gfnem.model import LatentVariableModel
-from gfnem.posterior import Latents, Posterior
-from gfnem.posteriors.exact import TractableModel
+from gfnem.latents import Latents
+from gfnem.model import LatentVariableModel, TractableModel
+from gfnem.posterior import Posterior
 from gfnem.tasks.grammar import inside
 from gfnem.tasks.grammar.decode import minimum_bayes_risk
 from gfnem.tasks.grammar.f1 import SpanCounts

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from gfnem.categorical import sample_categorical
 from gfnem.errors import UserError
-from gfnem.posterior import Latents
-from gfnem.posteriors.exact import TractableModel
-from gfnem.posteriors.importance import PriorModel
+from gfnem.latents import Latents
+from gfnem.model import PriorModel, TractableModel
 from gfnem.tasks.grammar import inside
 from gfnem.tasks.grammar.derive import Rules, draw_sentences
 from gfnem.tasks.grammar.messages import (

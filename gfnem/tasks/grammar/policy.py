@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from gfnem.categorical import sample_categorical
 from gfnem.errors import UserError
+from gfnem.gflownet.objectives import ScoredTrajectories
+from gfnem.gflownet.policy import ON_POLICY, Behaviour, NumberedPolicy, Paths
+from gfnem.latents import LatentTable
 from gfnem.model import LatentVariableModel
-from gfnem.objectives import ScoredTrajectories
-from gfnem.posterior import LatentTable
-from gfnem.posteriors.gflownet import ON_POLICY, Behaviour, NumberedPolicy, Paths
 from gfnem.tasks.grammar.encoder import SpanEncoder, SpanEncoding
 from gfnem.tasks.grammar.env import LATER, Forest, ForestEnv, parents_time
 from gfnem.tasks.grammar.estimators import ForestEstimator

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gfnem.errors import UserError
-from gfnem.posteriors.gflownet import Behaviour, Paths
+from gfnem.gflownet.policy import Behaviour, Paths
 from gfnem.precision import Precision, check_precision, in_precision
 from gfnem.tasks.grammar.env import Forest
 from gfnem.tasks.grammar.jagged import Groups, JaggedTransformer, with_round_rows

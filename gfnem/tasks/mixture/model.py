@@ -11,11 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gfnem.errors import UserError
-from gfnem.model import ClosedFormModel
-from gfnem.posterior import Latents
-from gfnem.posteriors.exact import TractableModel
-from gfnem.posteriors.importance import PriorModel
-from gfnem.posteriors.mean_field import FactorisedModel
+from gfnem.latents import Latents
+from gfnem.model import ClosedFormModel, FactorisedModel, PriorModel, TractableModel
 from gfnem.tasks.mixture.components import DEVIATION, Components, petal_offsets
 from gfnem.tasks.mixture.data import PointData, Points
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from gfnem.categorical import sample_categorical
 from gfnem.errors import UserError
-from gfnem.posterior import LatentTable
-from gfnem.posteriors.estimator import PolicyEstimator
-from gfnem.posteriors.gflownet import Behaviour
-from gfnem.posteriors.sequence import SequencePolicy
+from gfnem.gflownet.estimator import PolicyEstimator
+from gfnem.gflownet.policy import Behaviour
+from gfnem.gflownet.sequence import SequencePolicy
+from gfnem.latents import LatentTable
 from gfnem.tasks.mixture.components import Components
 from gfnem.tasks.mixture.data import PointData, Points
 from gfnem.tasks.mixture.env import MixtureEnv

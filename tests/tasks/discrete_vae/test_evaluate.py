@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from gfnem.errors import UserError
-from gfnem.posterior import EStep, Latents, Posterior
+from gfnem.latents import EStep, Latents
+from gfnem.posterior import Posterior
 from gfnem.posteriors.exact import ExactPosterior
 from gfnem.posteriors.gflownet import GFlowNetPosterior
 from gfnem.posteriors.importance import ImportancePosterior

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gfnem.errors import UserError
-from gfnem.posteriors.refinement import Thinning
+from gfnem.gflownet.refinement import Thinning
 from gfnem.tasks.discrete_vae.codes import Codes
 from gfnem.tasks.discrete_vae.data import Images
 from gfnem.tasks.discrete_vae.mean_field import MeanField

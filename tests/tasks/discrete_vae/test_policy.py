@@ -10,7 +10,7 @@ from gfn.utils.prob_calculations import get_trajectory_pfs_and_pbs
 from torch import Tensor
 
 from gfnem.errors import UserError
-from gfnem.objectives import (
+from gfnem.gflownet.objectives import (
     Objective,
     db,
     fl_db,
@@ -22,9 +22,10 @@ from gfnem.objectives import (
     vargrad,
     weighted_sum,
 )
-from gfnem.posterior import Latents
-from gfnem.posteriors.gflownet import Behaviour, GFlowNetPosterior
-from gfnem.posteriors.refinement import BackAndForth
+from gfnem.gflownet.policy import Behaviour
+from gfnem.gflownet.refinement import BackAndForth
+from gfnem.latents import Latents
+from gfnem.posteriors.gflownet import GFlowNetPosterior
 from gfnem.tasks.discrete_vae.codes import Codes
 from gfnem.tasks.discrete_vae.data import Images
 from gfnem.tasks.discrete_vae.model import DiscreteVAE

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from gfnem.em import EM
 from gfnem.errors import UserError
+from gfnem.gflownet.refinement import Thinning
 from gfnem.posterior import Posterior
 from gfnem.posteriors.exact import ExactPosterior
 from gfnem.posteriors.gflownet import GFlowNetPosterior
-from gfnem.posteriors.refinement import Thinning
 from gfnem.tasks.discrete_vae import warm_start as module
 from gfnem.tasks.discrete_vae.data import Images
 from gfnem.tasks.discrete_vae.mean_field import MeanField

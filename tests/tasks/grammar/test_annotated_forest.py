@@ -11,9 +11,10 @@ import torch
 from gfn.utils.prob_calculations import get_trajectory_pfs_and_pbs
 from torch import Tensor
 
-from gfnem.posterior import Latents
-from gfnem.posteriors.gflownet import Behaviour, GFlowNetPosterior
-from gfnem.posteriors.refinement import BackAndForth
+from gfnem.gflownet.policy import Behaviour
+from gfnem.gflownet.refinement import BackAndForth
+from gfnem.latents import Latents
+from gfnem.posteriors.gflownet import GFlowNetPosterior
 from gfnem.tasks.grammar.annotated import DenseGrammar
 from gfnem.tasks.grammar.env import LATER, Forest
 from gfnem.tasks.grammar.policy import ForestCondition, ForestPolicy

@@ -9,13 +9,14 @@ import torch
 from gfn.samplers import Sampler
 from torch import Tensor
 
-from gfnem import objectives
 from gfnem.em import EM
 from gfnem.errors import UserError
+from gfnem.gflownet import objectives
+from gfnem.gflownet.policy import Behaviour
+from gfnem.gflownet.refinement import BackAndForth
 from gfnem.inference import log_mean_exp
-from gfnem.posterior import Latents
-from gfnem.posteriors.gflownet import Behaviour, GFlowNetPosterior
-from gfnem.posteriors.refinement import BackAndForth
+from gfnem.latents import Latents
+from gfnem.posteriors.gflownet import GFlowNetPosterior
 from gfnem.tasks.grammar import inside
 from gfnem.tasks.grammar.annotated import AnnotatedPotentials
 from gfnem.tasks.grammar.chart import ChartPolicy

@@ -10,8 +10,9 @@ from nltk import Tree
 
 from gfnem.em import EM
 from gfnem.errors import UserError
+from gfnem.latents import EStep, Latents
 from gfnem.model import LatentVariableModel
-from gfnem.posterior import EStep, Latents, Posterior
+from gfnem.posterior import Posterior
 from gfnem.posteriors.exact import ExactPosterior
 from gfnem.tasks.grammar import ensemble
 from gfnem.tasks.grammar.decode import bracketed, parse

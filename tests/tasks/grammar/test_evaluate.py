@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from gfnem.errors import UserError
+from gfnem.latents import EStep, Latents
 from gfnem.model import LatentVariableModel
-from gfnem.posterior import EStep, Latents, Posterior
+from gfnem.posterior import Posterior
 from gfnem.posteriors.exact import ExactPosterior
 from gfnem.run import Run
 from gfnem.tasks.grammar import inside

@@ -10,8 +10,8 @@ from gfn.utils.prob_calculations import get_trajectory_pfs_and_pbs
 from torch import Tensor
 
 from gfnem.errors import UserError
+from gfnem.gflownet.policy import Behaviour, Paths
 from gfnem.inference import log_mean_exp
-from gfnem.posteriors.gflownet import Behaviour, Paths
 from gfnem.tasks.grammar.messages import inside_scores
 from gfnem.tasks.grammar.policy import ForestCondition, ForestPolicy
 from gfnem.tasks.grammar.text.corpus import Sentences

@@ -12,7 +12,7 @@ from gfn.utils.prob_calculations import get_trajectory_pfs_and_pbs
 
 from gfnem.em import EM
 from gfnem.errors import UserError
-from gfnem.objectives import sleep, vargrad
+from gfnem.gflownet.objectives import sleep, vargrad
 from gfnem.posteriors.exact import ExactPosterior
 from gfnem.posteriors.gflownet import GFlowNetPosterior
 from gfnem.posteriors.importance import ImportancePosterior

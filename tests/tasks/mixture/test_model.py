@@ -12,7 +12,7 @@ from scipy.stats import kstest
 from torch import Tensor
 
 from gfnem.errors import UserError
-from gfnem.posterior import Latents
+from gfnem.latents import Latents
 from gfnem.tasks.mixture.components import Components
 from gfnem.tasks.mixture.data import PointData, Points, lattice, sampled
 from gfnem.tasks.mixture.model import HierarchicalMixture, starting_at

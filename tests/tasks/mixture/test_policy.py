@@ -10,7 +10,7 @@ from gfn.utils.prob_calculations import get_trajectory_pfs_and_pbs
 from torch import Tensor
 
 from gfnem.errors import UserError
-from gfnem.objectives import (
+from gfnem.gflownet.objectives import (
     Objective,
     db,
     fl_db,
@@ -22,10 +22,11 @@ from gfnem.objectives import (
     vargrad,
     weighted_sum,
 )
-from gfnem.posterior import Latents
-from gfnem.posteriors.gflownet import Behaviour, GFlowNetPosterior
+from gfnem.gflownet.policy import Behaviour
+from gfnem.gflownet.refinement import BackAndForth
+from gfnem.latents import Latents
+from gfnem.posteriors.gflownet import GFlowNetPosterior
 from gfnem.posteriors.mean_field import MeanField
-from gfnem.posteriors.refinement import BackAndForth
 from gfnem.tasks.mixture.components import Components
 from gfnem.tasks.mixture.data import Points
 from gfnem.tasks.mixture.model import HierarchicalMixture

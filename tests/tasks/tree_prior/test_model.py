@@ -10,7 +10,7 @@ import torch
 
 from gfnem.em import EM
 from gfnem.errors import UserError
-from gfnem.posterior import Latents
+from gfnem.latents import Latents
 from gfnem.posteriors.mcmc import MCMC
 from gfnem.run import Run
 from gfnem.tasks.grammar.text.sources import toy_english

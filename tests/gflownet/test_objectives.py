@@ -11,7 +11,7 @@ from gfn.gflownet import LogPartitionVarianceGFlowNet
 from torch import Tensor
 
 from gfnem.errors import UserError
-from gfnem.objectives import (
+from gfnem.gflownet.objectives import (
     ScoredTrajectories,
     WeightedSum,
     db,
@@ -24,7 +24,7 @@ from gfnem.objectives import (
     vargrad,
     weighted_sum,
 )
-from gfnem.posteriors.gflownet import Paths
+from gfnem.gflownet.policy import Paths
 from gfnem.tasks.grammar.policy import ForestCondition, ForestPolicy
 from gfnem.tasks.grammar.text.corpus import Sentences
 from tests.tasks.grammar import oracle

@@ -30,7 +30,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gfnem.errors import UserError
-from gfnem.losses import Loss, make_loss
+from gfnem.gflownet.losses import Loss, make_loss
 
 
 class ScoredTrajectories(Trajectories):
@@ -302,7 +302,7 @@ Objective = Callable[[Estimator, Estimator], ScoredObjective | WeightedSum]
 def vargrad(pf: Estimator, pb: Estimator, loss: Loss = "squared", alpha: float = 1.0) -> VarGrad:
     """Needs at least two trajectories of each data point; four are better.
 
-    loss: of the residual log P_F - log P_B - log p(x, z), less its mean; see `gfnem.losses`.
+    loss: of the residual log P_F - log P_B - log p(x, z), less its mean; see `losses.py`.
     alpha: of loss="linex"; 1 for the forward KL, -1 for chi^2(P_F || p), on-policy.
     """
     return VarGrad(pf=pf, pb=pb, loss_fn=make_loss(loss, alpha))
@@ -313,7 +313,7 @@ def tb(
 ) -> TrajectoryBalance:
     """Learns log Z(x).
 
-    loss: of the residual log Z + log P_F - log P_B - log p(x, z); see `gfnem.losses`.
+    loss: of the residual log Z + log P_F - log P_B - log p(x, z); see `gfnem.gflownet.losses`.
     alpha: of loss="linex"; 1 for the forward KL, -1 for chi^2(P_F || p), on-policy.
     """
     return TrajectoryBalance(pf=pf, pb=pb, loss_fn=make_loss(loss, alpha))
@@ -330,7 +330,7 @@ def subtb(
     """Learns the log flow of every state.
 
     lamda: weight of a sub-trajectory of n steps is lamda^n, normalised within each trajectory.
-    loss: of each sub-trajectory's residual; see `gfnem.losses`.
+    loss: of each sub-trajectory's residual; see `gfnem.gflownet.losses`.
     alpha: of loss="linex".
     """
     return SubTrajectoryBalance(
@@ -347,7 +347,7 @@ def subtb(
 def db(pf: Estimator, pb: Estimator, loss: Loss = "squared", alpha: float = 1.0) -> DetailedBalance:
     """Detailed balance; learns the log flow of every state.
 
-    loss: of each transition's residual; see `gfnem.losses`.
+    loss: of each transition's residual; see `gfnem.gflownet.losses`.
     alpha: of loss="linex".
     """
     return _detailed_balance(pf, pb, False, loss, alpha)
@@ -360,7 +360,7 @@ def fl_db(
 
     Learns what the log flow of every state is beside the part of log p(x, z) that is fixed there.
 
-    loss: of each transition's residual; see `gfnem.losses`.
+    loss: of each transition's residual; see `gfnem.gflownet.losses`.
     alpha: of loss="linex".
     """
     return _detailed_balance(pf, pb, True, loss, alpha)

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gfnem.errors import UserError
-from gfnem.posteriors.kept import Kept
+from gfnem.gflownet.kept import Kept
 
 
 class Replay(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from gfn.gflownet.losses import LinexLoss, ShiftedCoshLoss
 
 from gfnem.errors import UserError
-from gfnem.losses import LARGEST_EXPONENT, make_loss
+from gfnem.gflownet.losses import LARGEST_EXPONENT, make_loss
 
 
 def value_and_slope(loss: Any, alpha: float, residual: float) -> tuple[float, float]:

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from gfnem.errors import UserError
-from gfnem.posterior import Latents
-from gfnem.posteriors.gflownet import GFlowNetPosterior
-from gfnem.posteriors.refinement import (
+from gfnem.gflownet.refinement import (
     BackAndForth,
     ImportanceResampling,
     ImportanceWeighting,
     Thinning,
 )
+from gfnem.latents import Latents
+from gfnem.posteriors.gflownet import GFlowNetPosterior
 from gfnem.tasks.grammar.policy import ForestPolicy
 from gfnem.tasks.grammar.text.corpus import Sentences
 from gfnem.tasks.grammar.tree import Trees

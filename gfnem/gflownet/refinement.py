@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from gfnem.errors import UserError
+from gfnem.gflownet.policy import Policy
+from gfnem.latents import Latents
 from gfnem.model import LatentVariableModel
-from gfnem.posterior import Latents
-
-if TYPE_CHECKING:
-    from gfnem.posteriors.gflownet import Policy
 
 
 class Refinement(ABC):

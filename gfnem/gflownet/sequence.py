@@ -10,8 +10,8 @@ from gfn.env import DiscreteEnv
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gfnem.objectives import ScoredTrajectories
-from gfnem.posteriors.gflownet import (
+from gfnem.gflownet.objectives import ScoredTrajectories
+from gfnem.gflownet.policy import (
     ON_POLICY,
     Behaviour,
     NumberedPolicy,
