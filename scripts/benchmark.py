@@ -54,14 +54,14 @@ from gfnem.tasks.discrete_vae.importance import log_weights
 from gfnem.tasks.discrete_vae.model import DiscreteVAE
 from gfnem.tasks.discrete_vae.policy import GridPolicy
 from gfnem.tasks.discrete_vae.vector_quantized import VectorQuantized
-from gfnem.tasks.grammar import inside
-from gfnem.tasks.grammar.chart import ChartPolicy
+from gfnem.tasks.grammar.inference import inside
 from gfnem.tasks.grammar.model import NeuralPCFG
 from gfnem.tasks.grammar.ncfg import NeuralNCFG
-from gfnem.tasks.grammar.root_flow import RootFlowPolicy
+from gfnem.tasks.grammar.policies.chart import ChartPolicy
+from gfnem.tasks.grammar.policies.root_flow import RootFlowPolicy
+from gfnem.tasks.grammar.policies.transformer import TransformerPolicy
 from gfnem.tasks.grammar.text.corpus import Sentences
 from gfnem.tasks.grammar.text.sources import treebank
-from gfnem.tasks.grammar.transformer import TransformerPolicy
 from gfnem.tasks.mixture.data import PointData, sampled
 from gfnem.tasks.mixture.model import starting_at
 from gfnem.tasks.mixture.policy import MixturePolicy

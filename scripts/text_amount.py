@@ -32,11 +32,11 @@ from gfnem.build import load_data, make
 from gfnem.config import compose_stored
 from gfnem.errors import UserError
 from gfnem.run import Run
-from gfnem.tasks.grammar import inside
-from gfnem.tasks.grammar.f1 import SpanCounts
+from gfnem.tasks.grammar.inference import inside
 from gfnem.tasks.grammar.model import NeuralPCFG
-from gfnem.tasks.grammar.potentials import Grammar
+from gfnem.tasks.grammar.rules.potentials import Grammar
 from gfnem.tasks.grammar.text.corpus import Corpus, GrammarData, Vocabulary
+from gfnem.tasks.grammar.trees.f1 import SpanCounts
 
 SENTENCES, NATS, F1 = "training sentences", "nats per word, common vocabulary", "sentence F1"
 

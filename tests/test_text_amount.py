@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from gfnem.cli import main
-from gfnem.tasks.grammar import inside
-from gfnem.tasks.grammar.potentials import Grammar
+from gfnem.tasks.grammar.inference import inside
+from gfnem.tasks.grammar.rules.potentials import Grammar
 from gfnem.tasks.grammar.text.corpus import Vocabulary
 from tests.tasks.grammar.text.test_brown import write_corpora
 

@@ -25,7 +25,8 @@ from gfnem.gflownet.objectives import (
     weighted_sum,
 )
 from gfnem.gflownet.policy import Paths
-from gfnem.tasks.grammar.policy import ForestCondition, ForestPolicy
+from gfnem.tasks.grammar.policies.forest import ForestPolicy
+from gfnem.tasks.grammar.policies.merges import ForestCondition
 from gfnem.tasks.grammar.text.corpus import Sentences
 from tests.tasks.grammar import oracle
 from tests.tasks.grammar.tiny import (

@@ -16,9 +16,9 @@ from gfnem.gflownet.refinement import (
 )
 from gfnem.latents import Latents
 from gfnem.posteriors.gflownet import GFlowNetPosterior
-from gfnem.tasks.grammar.policy import ForestPolicy
+from gfnem.tasks.grammar.policies.forest import ForestPolicy
 from gfnem.tasks.grammar.text.corpus import Sentences
-from gfnem.tasks.grammar.tree import Trees
+from gfnem.tasks.grammar.trees.tree import Trees
 from tests.tasks.grammar import oracle
 from tests.tasks.grammar.tiny import (
     FixedPCFG,

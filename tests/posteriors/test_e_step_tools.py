@@ -19,15 +19,15 @@ from gfnem.gflownet.policy import Policy
 from gfnem.gflownet.refinement import BackAndForth
 from gfnem.gflownet.replay import Replay
 from gfnem.posteriors.gflownet import GFlowNetPosterior
-from gfnem.tasks.grammar.encoder import SpanEncoder
 from gfnem.tasks.grammar.model import NeuralPCFG
-from gfnem.tasks.grammar.root_flow import RootFlowPolicy
+from gfnem.tasks.grammar.policies.encoder import SpanEncoder
+from gfnem.tasks.grammar.policies.root_flow import RootFlowPolicy
 from gfnem.tasks.grammar.text.sources import toy_english
 from tests.posteriors.test_gflownet import SETTINGS, distances, setting, train
 from tests.tasks.discrete_vae import tiny as images
 from tests.tasks.grammar import annotated_oracle, oracle
-from tests.tasks.grammar.test_chart import make_policy as make_chart
-from tests.tasks.grammar.test_chart import ncfg, q_of
+from tests.tasks.grammar.policies.test_chart import make_policy as make_chart
+from tests.tasks.grammar.policies.test_chart import ncfg, q_of
 from tests.tasks.grammar.tiny import (
     FixedPCFG,
     count_trees,

@@ -24,7 +24,7 @@ from gfnem.gflownet.policy import Behaviour
 from gfnem.latents import EStep, Latents
 from gfnem.posteriors.gflownet import GFlowNetPosterior
 from gfnem.tasks.grammar.model import NeuralPCFG, ParsingModel
-from gfnem.tasks.grammar.potentials import Grammar
+from gfnem.tasks.grammar.rules.potentials import Grammar
 from gfnem.tasks.grammar.text.corpus import Sentences
 from tests.tasks.grammar import oracle
 from tests.tasks.grammar.tiny import (

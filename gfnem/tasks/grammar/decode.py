@@ -14,10 +14,10 @@ from gfnem.errors import UserError
 from gfnem.inference import device_of, inference
 from gfnem.model import LatentVariableModel
 from gfnem.posterior import Posterior
-from gfnem.tasks.grammar import inside
+from gfnem.tasks.grammar.inference import inside
 from gfnem.tasks.grammar.model import GrammarModel, ParsingModel
 from gfnem.tasks.grammar.text.corpus import Sentences
-from gfnem.tasks.grammar.tree import Trees
+from gfnem.tasks.grammar.trees.tree import Trees
 
 if TYPE_CHECKING:
     from nltk import Tree

@@ -20,8 +20,8 @@ from gfnem.em import EM, Metrics
 from gfnem.errors import UserError
 from gfnem.inference import device_of
 from gfnem.tasks.grammar.decode import decode_marginals, span_marginals
-from gfnem.tasks.grammar.f1 import SpanCounts
 from gfnem.tasks.grammar.text.corpus import GrammarData, Sentences, check_least
+from gfnem.tasks.grammar.trees.f1 import SpanCounts
 
 if TYPE_CHECKING:
     from nltk import Tree

@@ -19,14 +19,14 @@ from gfnem.inference import device_of, inference, log_mean_exp
 from gfnem.latents import Latents
 from gfnem.model import LatentVariableModel, TractableModel
 from gfnem.posterior import Posterior
-from gfnem.tasks.grammar import inside
 from gfnem.tasks.grammar.decode import minimum_bayes_risk
-from gfnem.tasks.grammar.f1 import SpanCounts
+from gfnem.tasks.grammar.inference import inside
 from gfnem.tasks.grammar.model import GrammarModel, ParsingModel
 from gfnem.tasks.grammar.ncfg import AnnotatedModel
 from gfnem.tasks.grammar.scores import SentenceScores, baseline
 from gfnem.tasks.grammar.text.corpus import Corpus, GrammarData, Sentences
-from gfnem.tasks.grammar.tree import Trees
+from gfnem.tasks.grammar.trees.f1 import SpanCounts
+from gfnem.tasks.grammar.trees.tree import Trees
 
 if TYPE_CHECKING:
     from gfnem.run import Run

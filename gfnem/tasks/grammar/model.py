@@ -16,20 +16,20 @@ from gfnem.categorical import sample_categorical
 from gfnem.errors import UserError
 from gfnem.latents import Latents
 from gfnem.model import PriorModel, TractableModel
-from gfnem.tasks.grammar import inside
-from gfnem.tasks.grammar.derive import Rules, draw_sentences
-from gfnem.tasks.grammar.messages import (
+from gfnem.tasks.grammar.inference import inside
+from gfnem.tasks.grammar.inference.derive import Rules, draw_sentences
+from gfnem.tasks.grammar.inference.messages import (
     inside_scores,
     log_joint_labelled,
     log_joint_shape,
     sample_labels,
     upward,
 )
-from gfnem.tasks.grammar.potentials import Grammar, Potentials
-from gfnem.tasks.grammar.shape_density import ShapeDensity
+from gfnem.tasks.grammar.inference.shape_density import ShapeDensity
+from gfnem.tasks.grammar.rules.potentials import Grammar, Potentials
 from gfnem.tasks.grammar.text.corpus import Sentences
-from gfnem.tasks.grammar.tree import Trees
-from gfnem.tasks.grammar.tree_prior import TreePrior
+from gfnem.tasks.grammar.trees.prior import TreePrior
+from gfnem.tasks.grammar.trees.tree import Trees
 
 
 @dataclass(frozen=True)

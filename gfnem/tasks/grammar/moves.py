@@ -15,7 +15,7 @@ from gfnem.model import LatentVariableModel
 from gfnem.posteriors.mcmc import Moves
 from gfnem.tasks.grammar.model import GrammarModel
 from gfnem.tasks.grammar.text.corpus import Sentences
-from gfnem.tasks.grammar.tree import Trees
+from gfnem.tasks.grammar.trees.tree import Trees
 
 
 @dataclass(frozen=True)

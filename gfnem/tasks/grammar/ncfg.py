@@ -12,25 +12,21 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gfnem.categorical import sample_categorical
-from gfnem.tasks.grammar import (
+from gfnem.tasks.grammar.inference import (
     annotated_inside,
     annotated_messages,
     factored_inside,
     factored_messages,
 )
-from gfnem.tasks.grammar.annotated import (
-    AnnotatedGrammar,
-    ContextPotentials,
-    DenseGrammar,
-)
-from gfnem.tasks.grammar.derive import Rules
-from gfnem.tasks.grammar.factored import FactoredPotentials, LowRankGrammar
+from gfnem.tasks.grammar.inference.derive import Rules
+from gfnem.tasks.grammar.inference.shape_density import ShapeDensity
+from gfnem.tasks.grammar.inference.spans import SpanTable
 from gfnem.tasks.grammar.model import GrammarModel, Residual, check_positive
-from gfnem.tasks.grammar.shape_density import ShapeDensity
-from gfnem.tasks.grammar.spans import SpanTable
+from gfnem.tasks.grammar.rules.annotated import AnnotatedGrammar, ContextPotentials, DenseGrammar
+from gfnem.tasks.grammar.rules.factored import FactoredPotentials, LowRankGrammar
 from gfnem.tasks.grammar.text.corpus import Sentences
-from gfnem.tasks.grammar.tree import Trees
-from gfnem.tasks.grammar.tree_prior import TreePrior
+from gfnem.tasks.grammar.trees.prior import TreePrior
+from gfnem.tasks.grammar.trees.tree import Trees
 
 # The inside algorithm takes time with the fourth power of the nonterminals; where rules are of low
 # rank, with the square.

@@ -10,10 +10,10 @@ from torch.nn import functional
 
 from gfnem.errors import UserError
 from gfnem.tasks.grammar.model import ParsingModel, check_positive
-from gfnem.tasks.grammar.potentials import Grammar
+from gfnem.tasks.grammar.rules.potentials import Grammar
 from gfnem.tasks.grammar.text.brackets import Reading
 from gfnem.tasks.grammar.text.corpus import UNKNOWN, GrammarData, Vocabulary
-from gfnem.tasks.grammar.tree_prior import TreePrior
+from gfnem.tasks.grammar.trees.prior import TreePrior
 
 # Rounds of as many draws as sentences are wanted.
 ROUNDS = 200

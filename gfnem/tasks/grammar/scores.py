@@ -11,9 +11,9 @@ from torch import Tensor
 
 from gfnem import bootstrap
 from gfnem.em import Metrics
-from gfnem.tasks.grammar.f1 import SpanCounts
 from gfnem.tasks.grammar.text.corpus import Corpus
-from gfnem.tasks.grammar.tree import Trees
+from gfnem.tasks.grammar.trees.f1 import SpanCounts
+from gfnem.tasks.grammar.trees.tree import Trees
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from gfnem.errors import UserError
 from gfnem.tasks.grammar.text.brackets import Span
 from gfnem.tasks.grammar.text.corpus import Corpus, GrammarData
-from gfnem.tasks.grammar.tree import Trees
+from gfnem.tasks.grammar.trees.tree import Trees
 
 Binarization = Literal["right", "left"]
 

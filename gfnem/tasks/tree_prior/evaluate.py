@@ -14,9 +14,9 @@ from gfnem.errors import UserError
 from gfnem.inference import device_of, inference
 from gfnem.model import LatentVariableModel
 from gfnem.posterior import Posterior
-from gfnem.tasks.grammar.f1 import SpanCounts
-from gfnem.tasks.grammar.tree import Trees
-from gfnem.tasks.grammar.tree_energy import Depth, RightBranching
+from gfnem.tasks.grammar.trees.energy import Depth, RightBranching
+from gfnem.tasks.grammar.trees.f1 import SpanCounts
+from gfnem.tasks.grammar.trees.tree import Trees
 from gfnem.tasks.tree_prior.data import ShapeData, Shapes
 from gfnem.tasks.tree_prior.model import ShapeModel
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from gfnem.errors import UserError
 from gfnem.model import LatentVariableModel
 from gfnem.posteriors.mcmc import Moves
-from gfnem.tasks.grammar.tree import Trees
+from gfnem.tasks.grammar.trees.tree import Trees
 from gfnem.tasks.tree_prior.data import Shapes
 from gfnem.tasks.tree_prior.model import ShapeModel
 

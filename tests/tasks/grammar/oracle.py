@@ -16,8 +16,8 @@ from math import exp, inf, log
 import torch
 from torch import Tensor
 
-from gfnem.tasks.grammar.potentials import Grammar
-from gfnem.tasks.grammar.tree import Trees
+from gfnem.tasks.grammar.rules.potentials import Grammar
+from gfnem.tasks.grammar.trees.tree import Trees
 
 Shape = frozenset[tuple[int, int]]
 LabelledTree = frozenset[tuple[int, int, int]]

@@ -19,8 +19,8 @@ from gfnem.tasks.grammar.decode import bracketed, parse
 from gfnem.tasks.grammar.model import GrammarModel
 from gfnem.tasks.grammar.text.brackets import Reading
 from gfnem.tasks.grammar.text.corpus import GrammarData, Vocabulary
-from gfnem.tasks.grammar.tree_energy import Depth
-from gfnem.tasks.grammar.tree_prior import TreePrior
+from gfnem.tasks.grammar.trees.energy import Depth
+from gfnem.tasks.grammar.trees.prior import TreePrior
 from gfnem.tasks.grammar.verbs import parse_ensemble
 from tests.tasks.grammar import oracle
 from tests.tasks.grammar.tiny import FixedPCFG

@@ -14,17 +14,17 @@ from gfnem.model import LatentVariableModel
 from gfnem.posterior import Posterior
 from gfnem.posteriors.exact import ExactPosterior
 from gfnem.run import Run
-from gfnem.tasks.grammar import inside
 from gfnem.tasks.grammar.decode import bracketed, parse
 from gfnem.tasks.grammar.evaluate import GrammarEvaluator
-from gfnem.tasks.grammar.f1 import SpanCounts
+from gfnem.tasks.grammar.inference import inside
 from gfnem.tasks.grammar.model import ParsingModel
-from gfnem.tasks.grammar.potentials import Grammar
+from gfnem.tasks.grammar.rules.potentials import Grammar
 from gfnem.tasks.grammar.text import sources as grammar_data
 from gfnem.tasks.grammar.text.brackets import Reading
 from gfnem.tasks.grammar.text.corpus import Corpus, GrammarData
-from gfnem.tasks.grammar.tree_energy import Depth
-from gfnem.tasks.grammar.tree_prior import TreePrior
+from gfnem.tasks.grammar.trees.energy import Depth
+from gfnem.tasks.grammar.trees.f1 import SpanCounts
+from gfnem.tasks.grammar.trees.prior import TreePrior
 from tests.tasks.grammar import oracle
 
 # The binary trees over five words that have two spans each of the tree over (0, 2), (2, 5), (3, 5).

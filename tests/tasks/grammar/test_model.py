@@ -10,7 +10,7 @@ import torch
 
 from gfnem.errors import UserError
 from gfnem.tasks.grammar.model import NeuralPCFG
-from gfnem.tasks.grammar.potentials import Grammar
+from gfnem.tasks.grammar.rules.potentials import Grammar
 from gfnem.tasks.grammar.text.corpus import Sentences
 from tests.tasks.grammar import oracle
 from tests.tasks.grammar.oracle import tree_at

@@ -10,7 +10,7 @@ import torch
 from gfnem.errors import UserError
 from gfnem.posteriors.mcmc import MCMC
 from gfnem.tasks.grammar.moves import Rotations
-from gfnem.tasks.grammar.potentials import Grammar
+from gfnem.tasks.grammar.rules.potentials import Grammar
 from tests.tasks.discrete_vae.tiny import make_model as make_vae
 from tests.tasks.grammar import annotated_oracle, oracle
 from tests.tasks.grammar.tiny import (

@@ -11,12 +11,12 @@ import torch
 from gfnem.em import EM
 from gfnem.errors import UserError
 from gfnem.posteriors.exact import ExactPosterior
-from gfnem.tasks.grammar.annotated import DenseGrammar
 from gfnem.tasks.grammar.decode import parse
-from gfnem.tasks.grammar.factored import LowRankGrammar
 from gfnem.tasks.grammar.ncfg import NeuralNCFG
+from gfnem.tasks.grammar.rules.annotated import DenseGrammar
+from gfnem.tasks.grammar.rules.factored import LowRankGrammar
 from gfnem.tasks.grammar.text.sources import toy_english
-from gfnem.tasks.grammar.tree import Trees
+from gfnem.tasks.grammar.trees.tree import Trees
 from tests.tasks.grammar import annotated_oracle, oracle
 from tests.tasks.grammar.tiny import (
     LATENTS,

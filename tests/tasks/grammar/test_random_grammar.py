@@ -9,8 +9,8 @@ import torch
 from gfnem.errors import UserError
 from gfnem.posteriors.gflownet import GFlowNetPosterior
 from gfnem.tasks.grammar.evaluate import GrammarEvaluator
+from gfnem.tasks.grammar.policies.root_flow import RootFlowPolicy
 from gfnem.tasks.grammar.random_grammar import RandomPCFG, random_grammar
-from gfnem.tasks.grammar.root_flow import RootFlowPolicy
 
 SIZES: dict[str, Any] = {"nonterminals": 2, "preterminals": 3, "words": 3}
 FEW = {"train_sentences": 30, "valid_sentences": 4, "test_sentences": 6}

@@ -14,19 +14,19 @@ from gfn.estimators import DiscretePolicyEstimator
 from scipy.stats import chisquare
 from torch import Tensor, nn
 
-from gfnem.tasks.grammar.annotated import DenseGrammar
-from gfnem.tasks.grammar.env import ForestEnv
-from gfnem.tasks.grammar.factored import LowRankGrammar
-from gfnem.tasks.grammar.light import LightPolicy
 from gfnem.tasks.grammar.model import ParsingModel
 from gfnem.tasks.grammar.ncfg import AnnotatedModel
-from gfnem.tasks.grammar.policy import ForestPolicy, Latent
-from gfnem.tasks.grammar.potentials import Grammar
-from gfnem.tasks.grammar.root_flow import RootFlowPolicy
+from gfnem.tasks.grammar.policies.env import ForestEnv
+from gfnem.tasks.grammar.policies.forest import ForestPolicy, Latent
+from gfnem.tasks.grammar.policies.light import LightPolicy
+from gfnem.tasks.grammar.policies.root_flow import RootFlowPolicy
+from gfnem.tasks.grammar.policies.transformer import TransformerPolicy
+from gfnem.tasks.grammar.rules.annotated import DenseGrammar
+from gfnem.tasks.grammar.rules.factored import LowRankGrammar
+from gfnem.tasks.grammar.rules.potentials import Grammar
 from gfnem.tasks.grammar.text.corpus import Sentences
-from gfnem.tasks.grammar.transformer import TransformerPolicy
-from gfnem.tasks.grammar.tree import Trees
-from gfnem.tasks.grammar.tree_prior import TreePrior
+from gfnem.tasks.grammar.trees.prior import TreePrior
+from gfnem.tasks.grammar.trees.tree import Trees
 from tests.tasks.grammar import oracle
 
 # Spans of a tree, with or without labels.

@@ -14,8 +14,8 @@ from gfnem.latents import Latents
 from gfnem.posteriors.mcmc import MCMC
 from gfnem.run import Run
 from gfnem.tasks.grammar.text.sources import toy_english
-from gfnem.tasks.grammar.tree import Trees
-from gfnem.tasks.grammar.tree_energy import trained_network
+from gfnem.tasks.grammar.trees.energy import trained_network
+from gfnem.tasks.grammar.trees.tree import Trees
 from gfnem.tasks.tree_prior.data import ShapeData, Shapes
 from gfnem.tasks.tree_prior.evaluate import (
     ShapeEvaluator,

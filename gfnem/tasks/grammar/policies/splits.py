@@ -1,0 +1,198 @@
+"""Sentences as the chart policy sees them, and the splits of their spans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gfnem.gflownet.policy import (
+    Paths,
+)
+from gfnem.tasks.grammar.model import GrammarModel
+from gfnem.tasks.grammar.ncfg import AnnotatedModel
+from gfnem.tasks.grammar.policies.encoder import SpanEncoding
+from gfnem.tasks.grammar.policies.guide import (
+    Guide,
+)
+from gfnem.tasks.grammar.rules.annotated import (
+    AnnotatedGrammar,
+    ContextPotentials,
+)
+from gfnem.tasks.grammar.rules.potentials import Grammar, Potentials
+from gfnem.tasks.grammar.text.corpus import Sentences
+from gfnem.tasks.grammar.trees.tree import Trees
+
+# How fast old samples are forgotten in the counts of parents.
+DECAY = 0.95
+# How many clusters of parents a relaxation tells apart, and after how many batches they are sought
+# anew.
+CLUSTERS, CLUSTERING = 8, 50
+
+
+class Spans(NamedTuple):
+    """Open spans as a flat list; context is the label above, or S, which comes last."""
+
+    sentence: Int[Tensor, "spans"]
+    start: Int[Tensor, "spans"]
+    width: Int[Tensor, "spans"]
+    label: Int[Tensor, "spans"]
+    context: Int[Tensor, "spans"]
+
+
+class Splits(NamedTuple):
+    """Weights of the splits of spans of at least three words; a choice is (split, B, C).
+
+    weights: of each split, relative to the span's largest.
+    left, right: of the children's labels, 0 for words.
+    rules: p(A -> B C | A, P).
+    word_left, word_right: of the other child's label where one child is a word.
+    """
+
+    weights: Float[Tensor, "spans splits"]
+    left: Float[Tensor, "spans splits nonterminals"]
+    right: Float[Tensor, "spans splits nonterminals"]
+    rules: Float[Tensor, "spans nonterminals nonterminals"]
+    word_left: Float[Tensor, "spans nonterminals"]
+    word_right: Float[Tensor, "spans nonterminals"]
+
+    def first(self, width: Int[Tensor, "spans"]) -> Float[Tensor, "spans splits nonterminals"]:
+        """Weights of a split and the left child's label, or the right one's if left is a word."""
+        options = self.left * (self.right @ self.rules.mT)
+        row = torch.arange(len(width), device=width.device)
+        options = options.index_put((row, torch.zeros_like(width)), self.word_left)
+        options = options.index_put((row, width - 2), self.word_right)
+        return self.weights[..., None] * options
+
+    def joint(self, width: Int[Tensor, "spans"]) -> Float[Tensor, "spans choices"]:
+        """Weights of all choices; a word's label counts as 0."""
+        options = self.left[..., None] * self.rules[:, None] * self.right[:, :, None]
+        row = torch.arange(len(width), device=width.device)
+        none = torch.zeros_like(width)
+        options = options.index_put((row, none, none), self.word_left)
+        options = options.transpose(2, 3).index_put((row, width - 2, none), self.word_right)
+        return (self.weights[..., None, None] * options.transpose(2, 3)).flatten(1)
+
+
+@dataclass(frozen=True)
+class ChartCondition:
+    """A batch of sentences as the policy sees it.
+
+    model: the grammar.
+    grammar: its rules, differentiable.
+    model_potentials: what they say of the words, of their own kind; differentiable for shapes
+        alone. Labelled trees look up their rules one by one, which tables need not remember.
+    potentials: the same without gradients.
+    guide: inside scores of all spans, exact or not.
+    encode: the policy's encoder; it runs when something is first asked of it.
+    """
+
+    sentences: Sentences
+    model: GrammarModel
+    grammar: Grammar | AnnotatedGrammar
+    model_potentials: Potentials | ContextPotentials
+    potentials: ContextPotentials
+    guide: Guide
+    encode: Callable[[], SpanEncoding]
+
+    @cached_property
+    def encoding(self) -> SpanEncoding:
+        """What the policy's encoder says of the spans."""
+        return self.encode()
+
+    def residual(
+        self,
+        sentence: Int[Tensor, "*#spans"],
+        start: Int[Tensor, "*#spans"],
+        end: Int[Tensor, "*#spans"],
+        parent: Int[Tensor, "*#spans"],
+    ) -> Float[Tensor, "*spans nonterminals"]:
+        """What it adds to b: for each label of a span, and for each label under the parent's."""
+        labels = self.guide.nonterminals
+        table = self.encoding.scores.unflatten(-1, (labels + 2, labels))
+        # One look-up for both: the gradient of each is as large as the table.
+        both = torch.stack([torch.zeros_like(parent), parent + 1], -1)
+        span = self.encoding.index[start, end]
+        return table[sentence[..., None], span[..., None], both].sum(-2)
+
+    @property
+    def lengths(self) -> Int[Tensor, "batch"]:
+        return self.sentences.lengths
+
+    def seen(self, context: Int[Tensor, "*any"]) -> Int[Tensor, "*any"]:
+        """The context as the grammar's rules see it."""
+        return context if isinstance(self.model, AnnotatedModel) else torch.zeros_like(context)
+
+    def log_grammar(self, z: Trees) -> Float[Tensor, "batch samples"]:
+        """The grammar's log p(x, z), differentiable in it."""
+        return self.model.log_grammar_given(self.model_potentials, z)
+
+    def model_log_joint(self, paths: Paths) -> Float[Tensor, "batch samples"] | None:
+        """log p(x, z) of where trajectories end, differentiable in the model where it can be."""
+        if paths.z.labels is None or not torch.is_grad_enabled():
+            return paths.model_log_joint
+        return self.model.log_joint_under(self.grammar, self.sentences, paths.z)
+
+    def labelled(self, z: Trees) -> Trees:
+        """The trees themselves, or shapes with labels from P_B."""
+        return z if z.labels is not None else self.model.sample_labels(self.model_potentials, z)
+
+    def root_logits(self) -> Float[Tensor, "batch nonterminals"]:
+        """Of the labels of whole sentences."""
+        guide = self.potentials.root * self.guide.whole(self.lengths)
+        sentence = torch.arange(len(guide), device=guide.device)
+        start = torch.zeros_like(sentence)
+        under_s = torch.full_like(sentence, guide.shape[1])
+        return finite_log(guide) + self.residual(sentence, start, self.lengths, under_s)
+
+    def splits(self, spans: Spans) -> Splits:
+        """Spans of at least three words each."""
+        sentence, start, width = (field[:, None] for field in spans[:3])
+        split = torch.arange(1, int(spans.width.max()), device=start.device)
+        valid = split < width
+        split = torch.minimum(split, width - 1)
+        middle = start + split
+        left_scale = self.guide.scales.by_start[start, sentence, split]
+        right_scale = self.guide.scales.by_start[middle, sentence, width - split]
+        scale = torch.where(valid, left_scale + right_scale, -torch.inf)
+        largest = scale.amax(-1, keepdim=True).clamp(min=torch.finfo(scale.dtype).min)
+        table, row, context = self.potentials, spans.sentence, self.seen(spans.context)
+        last = spans.start + spans.width - 1
+        left, right = self._children(
+            sentence,
+            torch.stack([start.expand_as(middle), middle]),
+            torch.stack([split, width - split]),
+            spans.label[:, None],
+        )
+        wide = torch.arange(len(row), device=row.device), spans.width - 2
+        return Splits(
+            weights=(scale - largest).exp(),
+            left=left,
+            right=right,
+            rules=table.inner_rules(spans.label, context),
+            word_left=table.word_left_rules(row, spans.start, spans.label, context) * right[:, 0],
+            word_right=table.word_right_rules(row, last, spans.label, context) * left[wide],
+        )
+
+    def _children(
+        self,
+        sentence: Int[Tensor, "spans 1"],
+        start: Int[Tensor, "2 spans splits"],
+        width: Int[Tensor, "2 spans splits"],
+        parent: Int[Tensor, "spans 1"],
+    ) -> Float[Tensor, "2 spans splits nonterminals"]:
+        """exp b of each label, without its scale; 0 for words."""
+        guide = self.guide.scores(sentence, start, width, self.seen(parent))
+        # A word has no span, and a guide of 0.
+        end = torch.where(width > 1, start + width, start)
+        return guide * self.residual(sentence, start, end, parent).exp()
+
+
+def finite_log(x: Tensor) -> Tensor:
+    """Finite where x is 0, so that gradients and differences are numbers."""
+    return x.clamp(min=torch.finfo(x.dtype).tiny).log()
