@@ -398,8 +398,9 @@ class EM:
         estep = self.posterior.e_step(self.model, x)
         assert estep.loss is not None
         loss = float(estep.loss.detach())
+        objective = loss if estep.objective is None else float(estep.objective.detach())
         if self.posterior_trainer.step(estep.loss):
-            self.schedule.e_step_done(loss)
+            self.schedule.e_step_done(objective)
             self._note({"train/e_loss": loss, **estep.metrics})
         self.e_steps += 1
         return estep

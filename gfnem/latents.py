@@ -57,8 +57,11 @@ class EStep:
     latents: the latents it was trained on where they are draws of q, for an M-step on the same
         batch; None otherwise.
     metrics: figures worth logging; tensors of them hold one number.
+    objective: the part of the loss that tells how far q is from p(z | x), by which schedules go;
+        None where that is all of it.
     """
 
     loss: Float[Tensor, ""] | None
     latents: Latents | None
     metrics: Mapping[str, float | Tensor] = field(default_factory=dict)
+    objective: Float[Tensor, ""] | None = None

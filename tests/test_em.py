@@ -490,6 +490,19 @@ def test_m_steps_wait_for_the_posterior() -> None:
     assert posterior.order == "e0 e1 e2 m2 e3 m3 e4 e5 e6 e7 m7"
 
 
+def test_schedules_hear_of_the_objective_where_the_loss_has_more_to_it() -> None:
+    class More(Table):
+        def e_step(self, model: LatentVariableModel, x: Symbols) -> EStep:
+            estep = super().e_step(model, x)
+            assert estep.loss is not None
+            return dataclasses.replace(estep, loss=estep.loss + 100, objective=estep.loss)
+
+    schedule = AdaptiveThreshold(maximum=50, minimum=50, horizon=2, decay=0.5)
+    em = EM(Mixture(), More(), Urn(), m_steps=3, max_e_steps=3, schedule=schedule)
+    em.fit()
+    assert em.m_steps == 3
+
+
 # Gradients.
 
 

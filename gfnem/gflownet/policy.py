@@ -118,6 +118,11 @@ class Policy(nn.Module, ABC):
         """
         return None
 
+    @property
+    def least_depth(self) -> int:
+        """How many steps back a walk must go at least for its z to have others to lead to."""
+        return 1
+
     @abstractmethod
     def regrow(
         self, condition: Any, z: Any, depth: int, temperature: float = 1.0

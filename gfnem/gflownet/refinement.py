@@ -35,7 +35,8 @@ class BackAndForth(Refinement):
     invariant for any depth and temperature.
 
     steps: proposals, one after the other.
-    depth: each walks back a number of steps drawn uniformly from 1 to depth.
+    depth: each walks back a number of steps drawn uniformly from 1 to depth; from 2 where one step
+        back leads to nothing else, as from the complete shape of a tree.
     temperature: of the proposal; the tempered probabilities then stand in A.
     """
 
@@ -58,7 +59,8 @@ class BackAndForth(Refinement):
     def walk(self, policy: Policy, condition: Any, z: Any) -> Any:
         """Where the proposals lead from z."""
         for _ in range(self.steps):
-            depth = int(torch.randint(1, self.depth + 1, ()))
+            least = policy.least_depth
+            depth = int(torch.randint(least, max(self.depth, least) + 1, ()))
             old, new = policy.regrow(condition, z, depth, self.temperature)
             log_accept = (
                 new.log_joint

@@ -138,6 +138,7 @@ class GFlowNetPosterior(Posterior):
             step,
             loss=loss if step.loss is None else step.loss + loss,
             metrics={**step.metrics, "e_step/sleep": sleep_loss.detach()},
+            objective=step.loss,
         )
 
     def _wake(self, model: LatentVariableModel, x: Any) -> EStep:
@@ -158,14 +159,12 @@ class GFlowNetPosterior(Posterior):
                 recalculate_all_logprobs=False,
                 log_rewards=trajectories.log_rewards,
             )
-        log_weights = paths.log_weights.detach()
-        weights = log_weights.softmax(-1)
-        metrics = {
-            "e_step/objective": loss.detach(),
-            "e_step/effective_samples": (1 / weights.square().sum(-1)).mean(),
-        }
+        metrics = {"e_step/objective": loss.detach()}
         latents = None
         if self.behaviour.on_policy:
+            log_weights = paths.log_weights.detach()
+            weights = log_weights.softmax(-1)
+            metrics["e_step/effective_samples"] = (1 / weights.square().sum(-1)).mean()
             latents = Latents(paths.z, log_weights, log_joint=paths.model_log_joint)
         return EStep(loss, latents, metrics)
 

@@ -96,6 +96,14 @@ def test_back_and_forth_leaves_the_exact_posterior_invariant(latent, backward, t
     assert min(moved) > 0.1
 
 
+def test_a_walk_of_one_step_leads_somewhere():
+    policy = make_policy("root_flow", "shape", nonterminals=2)
+    assert (policy.least_depth, make_policy("root_flow", "labelled").least_depth) == (2, 1)
+    values, moved = refined(policy, "shape", BackAndForth(steps=4, depth=1))
+    assert min(values) > 1e-3
+    assert min(moved) > 0.1
+
+
 @pytest.mark.parametrize("kind", ["light", "transformer"])
 def test_back_and_forth_with_other_policies(kind):
     policy = make_policy(kind, "labelled", "learned", nonterminals=2)

@@ -198,10 +198,24 @@ def test_metrics_and_latents_of_an_e_step():
     assert "e_step/sleep" not in step.metrics
 
 
+def test_schedules_go_by_the_objective_without_the_sleep_phase():
+    _, posterior, x = setting("shape", sleep=1.0)
+    model = NeuralPCFG(VOCABULARY, 2, 3, width=8, max_length=5)
+    step = posterior.e_step(model, x)
+    assert step.loss is not None and step.objective is not None
+    torch.testing.assert_close(step.objective.detach(), step.metrics["e_step/objective"])
+    assert float(step.loss.detach()) > float(step.objective.detach()) + 0.1
+    model, posterior, x = setting("shape")
+    assert posterior.e_step(model, x).objective is None
+
+
 @pytest.mark.parametrize("behaviour", [Behaviour(temperature=1.5), Behaviour(epsilon=0.1)])
 def test_off_policy_trajectories_are_no_draws_of_the_posterior(behaviour):
     model, posterior, x = setting("shape", behaviour=behaviour)
-    assert posterior.e_step(model, x).latents is None
+    step = posterior.e_step(model, x)
+    assert step.latents is None
+    # Their weights would leave out how they were drawn.
+    assert "e_step/effective_samples" not in step.metrics
     assert posterior.sample(model, x, 3).log_weights is not None
 
 

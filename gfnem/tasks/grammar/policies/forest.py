@@ -91,6 +91,11 @@ class ForestPolicy(NumberedPolicy):
         """Labels that an action may choose."""
         return self.nonterminals if self.labelled else 1
 
+    @property
+    def least_depth(self) -> int:
+        """A shape's last merge has but one gap to be made in."""
+        return 1 if self.labelled else 2
+
     # Whether logits depend on the grammar's messages, which then have to be kept on the way.
     reads_messages = True
     # Whether `scores` gives ScoresAtOnce, which run along a rollout without gradients.
