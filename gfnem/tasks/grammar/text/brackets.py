@@ -69,6 +69,11 @@ class Reading:
             return self
         return Reading.of_trees([_as_text(tree, forms) for tree in self.trees])
 
+    def mirrored(self) -> Reading:
+        """Read every sentence, and its tree, from right to left."""
+        trees = None if self.trees is None else [_mirrored(tree) for tree in self.trees]
+        return Reading([words[::-1] for words in self.sentences], trees)
+
     @staticmethod
     def of_trees(trees: list[Tree]) -> Reading:
         return Reading([tree.leaves() for tree in trees], trees)
@@ -202,6 +207,11 @@ def _with_words(tree: Tree, form: Callable[[str], str | None]) -> Tree | None:
         if child is not None:
             children.append(child)
     return tree.__class__(tree.label(), children) if children else None
+
+
+def _mirrored(tree: Tree) -> Tree:
+    children = [child if isinstance(child, str) else _mirrored(child) for child in tree]
+    return tree.__class__(tree.label(), children[::-1])
 
 
 def _as_text(tree: Tree, forms: WordForms) -> Tree:

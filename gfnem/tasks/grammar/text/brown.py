@@ -28,6 +28,7 @@ def brown(
     min_count: int = 4,
     batch_size: int = 16,
     mix_lengths: bool = False,
+    mirror: bool = False,
     seed: int = 0,
 ) -> GrammarData:
     """Train on the words of English text, test on trees of the Penn Treebank.
@@ -45,6 +46,8 @@ def brown(
     keep_currency: take `$` and `#` for words.
     merge_numbers: write every number as `<num>`.
     split_clitics: write Brown's clitics as the treebank does, as words of their own: do n't.
+    mirror: read all sentences and trees from right to left. What learns grammars finds the same
+        trees, mirrored; what prefers trees that branch to one side does not.
     mix_lengths, min_length, max_length, max_test_length, min_count, batch_size, seed: as for
         `GrammarData`.
 
@@ -72,6 +75,9 @@ def brown(
         )
     else:
         test, more_tests = trees + test, {}
+    if mirror:
+        text, valid, test = text.mirrored(), valid.mirrored(), test.mirrored()
+        more_tests = {name: reading.mirrored() for name, reading in more_tests.items()}
     return GrammarData(
         "brown",
         text,

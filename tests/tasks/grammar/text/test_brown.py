@@ -90,6 +90,16 @@ def test_brown_without_the_text_of_the_treebank(folder: Path):
     assert [len(words) for words in data.test.sentences] == [4, 4, 2]
 
 
+def test_mirrored_text_and_trees(folder: Path):
+    data, mirrored = read(folder), read(folder, mirror=True)
+    for name in data.corpora:
+        said = [words[::-1] for words in data.split(name).sentences]
+        assert mirrored.split(name).sentences == said
+    assert mirrored.split("seen_text").gold == [frozenset({(0, 4), (0, 3)})]
+    trees = mirrored.split("seen_text").gold_trees
+    assert trees is not None and trees[0].leaves() == ["<num>", "$", "paid", "dogs"]
+
+
 def test_amounts_of_brown(folder: Path):
     assert len(read(folder, brown_sentences=1).train) == 2
     assert len(read(folder, brown_sentences=0).train) == 1
