@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from gfnem.build import Built
-    from gfnem.em import EM, Metrics
+    from gfnem.em import EM
     from gfnem.run import Run
+    from gfnem.training.parts import Metrics
 
 DONE, USER_ERROR, INTERRUPTED = 0, 2, 130
 

@@ -3,158 +3,34 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gfnem.errors import UserError
 from gfnem.latents import EStep, Latents
 from gfnem.model import ClosedFormModel, LatentVariableModel
 from gfnem.posterior import Posterior
+from gfnem.precision import matmul_precision
 from gfnem.schedule import Alternation, Schedule
 from gfnem.training.average import AveragedWeights
+from gfnem.training.interrupt import interruptible
+from gfnem.training.parts import Data, Evaluator, Metrics
+from gfnem.training.trainer import (
+    MODEL_OPTIMIZER,
+    POSTERIOR_OPTIMIZER,
+    OptimizerFactory,
+    Trainer,
+    minimise,
+)
 
 if TYPE_CHECKING:
     from gfnem.run import Run
-
-Metrics = dict[str, float]
-OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
-
-MODEL_OPTIMIZER: OptimizerFactory = partial(torch.optim.Adam, lr=1e-3, fused=True)
-POSTERIOR_OPTIMIZER: OptimizerFactory = partial(torch.optim.Adam, lr=2e-3, fused=True)
-
-# An update whose loss or gradient is not finite is skipped; so many in a row end the run.
-SKIPS_ALLOWED = 10
-
-
-class Data(Protocol):
-    """Yields batches of x."""
-
-    def train_batches(self, epoch: int) -> Sequence[Any]:
-        """All training data once, in an order that depends on the epoch alone."""
-        ...
-
-
-class Evaluator(Protocol):
-    """Rates a model and a posterior on held-out data."""
-
-    selection: str
-
-    def __call__(
-        self, model: LatentVariableModel, posterior: Posterior, split: str, final: bool = False
-    ) -> Metrics:
-        """Metrics under `split/...`; `selection` is the one of them that is minimised."""
-        ...
-
-    def report(self, model: LatentVariableModel, posterior: Posterior, run: Run) -> None:
-        """Tables and figures of a finished run."""
-        ...
-
-
-class Diverged(UserError):  # noqa: N818
-    """Too many updates in a row had a loss or a gradient that is not finite."""
-
-
-@contextmanager
-def _matmul_precision(precision: str) -> Iterator[None]:
-    """Of products of float32 matrices; see `torch.set_float32_matmul_precision`."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-class Trainer:
-    """One network with its optimizer, warm-up, gradient clipping and skipped updates.
-
-    name: of the network in messages.
-    clip: largest norm of the gradient; None for no clipping.
-    warmup: steps over which the learning rate rises linearly.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        groups: list[dict[str, Any]],
-        optimizer: OptimizerFactory,
-        clip: float | None,
-        warmup: int,
-    ):
-        self.name = name
-        self.clip = clip
-        self.parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
-        self.optimizer = optimizer(groups)
-        self.warmup = torch.optim.lr_scheduler.LinearLR(
-            self.optimizer, start_factor=1 / max(warmup, 1), total_iters=max(warmup - 1, 0)
-        )
-        self.skipped = 0
-        self.skipped_in_a_row = 0
-
-    def step(self, loss: Tensor) -> bool:
-        """Minimise; False where the update was skipped because something was not finite.
-
-        Raises Diverged at the tenth skipped update in a row.
-        """
-        return minimise(loss, self)
-
-    def clip_gradient(self) -> bool:
-        """Clip; False where the gradient is not finite."""
-        norm = nn.utils.clip_grad_norm_(
-            self.parameters, math.inf if self.clip is None else self.clip
-        )
-        return bool(norm.isfinite())
-
-    def update(self, finite: bool) -> None:
-        """Take a step along the gradient, or skip it where that is not finite."""
-        if finite:
-            self.skipped_in_a_row = 0
-            self.optimizer.step()
-            self.warmup.step()
-            return
-        self.skipped += 1
-        self.skipped_in_a_row += 1
-        if self.skipped_in_a_row >= SKIPS_ALLOWED:
-            raise Diverged(
-                f"the {self.name}'s loss or gradient was not finite {SKIPS_ALLOWED} times in "
-                f"a row: lower its learning rate or gradient clipping"
-            )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "warmup": self.warmup.state_dict(),
-            "skipped": self.skipped,
-            "skipped_in_a_row": self.skipped_in_a_row,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.warmup.load_state_dict(state["warmup"])
-        self.skipped = state["skipped"]
-        self.skipped_in_a_row = state["skipped_in_a_row"]
-
-
-def minimise(loss: Tensor, *trainers: Trainer) -> bool:
-    """One step of all trainers' networks; False where it was skipped, as in `Trainer.step`."""
-    for trainer in trainers:
-        trainer.optimizer.zero_grad(set_to_none=True)
-    finite = bool(loss.isfinite())
-    if finite:
-        loss.backward()
-        finite = all([trainer.clip_gradient() for trainer in trainers])
-    for trainer in trainers:
-        trainer.update(finite)
-    return finite
 
 
 class EM:
@@ -292,7 +168,7 @@ class EM:
         status = "failed"
         self.stopped = False
         try:
-            with self._interruptible():
+            with interruptible(self._stop):
                 self._train()
             summary = self._conclude()
             status = "stopped" if self.stopped else "finished"
@@ -304,6 +180,9 @@ class EM:
             if self.run is not None:
                 self.run.finish(status)
 
+    def _stop(self) -> None:
+        self.stopped = True
+
     def _train(self) -> None:
         began = self._now() - self.seconds
         if self.run is not None:
@@ -311,7 +190,7 @@ class EM:
             self.run.progress.start(total, done, unit)
         for x in self._batches():
             x = x.to(self.device)
-            with _matmul_precision(self.matmul_precision):
+            with matmul_precision(self.matmul_precision):
                 if self.posterior.joint:
                     self._joint_step(x)
                     m_step_due = True
@@ -582,30 +461,6 @@ class EM:
             torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
         if self.run is not None:
             self.run.truncate_metrics(state["lines"])
-
-    @contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """Let the first SIGINT or SIGTERM end training after the batch at hand."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-
-        def restore() -> None:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-        def stop(number: int, frame: Any) -> None:
-            self.stopped = True
-            restore()
-
-        try:
-            for number in before:
-                signal.signal(number, stop)
-            yield
-        finally:
-            restore()
 
 
 _COUNTERS = (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Literal
 
@@ -50,3 +52,14 @@ def _warn_once() -> None:
         "this CPU has no instructions for bfloat16, which takes many times as long as float32: "
         "choose precision=float32 for the model and the policy"
     )
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Of products of float32 matrices; see `torch.set_float32_matmul_precision`."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -37,7 +37,7 @@ from typing import Any, Literal
 import torch
 
 from gfnem.build import set_up
-from gfnem.em import EM, Trainer, minimise
+from gfnem.em import EM
 from gfnem.errors import UserError
 from gfnem.gflownet import objectives
 from gfnem.gflownet.refinement import BackAndForth, ImportanceWeighting
@@ -65,6 +65,7 @@ from gfnem.tasks.grammar.text.sources import treebank
 from gfnem.tasks.mixture.data import PointData, sampled
 from gfnem.tasks.mixture.model import starting_at
 from gfnem.tasks.mixture.policy import MixturePolicy
+from gfnem.training.trainer import Trainer, minimise
 
 NONTERMINALS, PRETERMINALS, VOCABULARY, LENGTH = 29, 60, 2283, 20
 # Sentences of 2 to 20 words in the Penn Treebank sample, by length.

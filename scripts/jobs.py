@@ -18,13 +18,13 @@ from statistics import median
 
 from gfnem.build import build
 from gfnem.config import compose
-from gfnem.em import Evaluator, Metrics
 from gfnem.errors import UserError
 from gfnem.model import LatentVariableModel
 from gfnem.posterior import Posterior
 from gfnem.run import Run
 from gfnem.run.compare import mean_and_deviation, result_texts
 from gfnem.run.finished import FinishedRun
+from gfnem.training.parts import Evaluator, Metrics
 
 INTERRUPTED = "interrupted"
 TOTAL_SECONDS = "time/total_seconds"

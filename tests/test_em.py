@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from gfnem.em import EM, Diverged, Trainer
+from gfnem.em import EM
 from gfnem.errors import UserError
 from gfnem.latents import EStep, Latents
 from gfnem.model import ClosedFormModel, LatentVariableModel, TractableModel
@@ -31,6 +31,7 @@ from gfnem.posterior import Posterior
 from gfnem.posteriors.exact import ExactPosterior
 from gfnem.run import FilesTracker, Run
 from gfnem.schedule import AdaptiveThreshold, Alternation
+from gfnem.training.trainer import Diverged, Trainer
 
 COMPONENTS, SYMBOLS = 3, 5
 COUNTS = (20, 12, 8, 6, 2)  # of each symbol in the data

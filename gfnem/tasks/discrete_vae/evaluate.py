@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gfnem.em import Metrics
 from gfnem.errors import UserError
 from gfnem.inference import device_of, inference, log_mean_exp
 from gfnem.model import LatentVariableModel
@@ -26,6 +25,7 @@ from gfnem.tasks.discrete_vae.importance import (
 )
 from gfnem.tasks.discrete_vae.model import DiscreteVAE
 from gfnem.tasks.discrete_vae.policy import GridPolicy
+from gfnem.training.parts import Metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,12 +16,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from gfnem.em import EM, Metrics
+from gfnem.em import EM
 from gfnem.errors import UserError
 from gfnem.inference import device_of
 from gfnem.tasks.grammar.decode import decode_marginals, span_marginals
 from gfnem.tasks.grammar.text.corpus import GrammarData, Sentences, check_least
 from gfnem.tasks.grammar.trees.f1 import SpanCounts
+from gfnem.training.parts import Metrics
 
 if TYPE_CHECKING:
     from nltk import Tree

@@ -12,7 +12,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gfnem import divergences
-from gfnem.em import Metrics
 from gfnem.errors import UserError
 from gfnem.gradients import gradient_noise
 from gfnem.inference import device_of, inference, log_mean_exp
@@ -27,6 +26,7 @@ from gfnem.tasks.grammar.scores import SentenceScores, baseline
 from gfnem.tasks.grammar.text.corpus import Corpus, GrammarData, Sentences
 from gfnem.tasks.grammar.trees.f1 import SpanCounts
 from gfnem.tasks.grammar.trees.tree import Trees
+from gfnem.training.parts import Metrics
 
 if TYPE_CHECKING:
     from gfnem.run import Run

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from gfnem.em import Metrics
 from gfnem.model import LatentVariableModel
 from gfnem.posterior import Posterior
 from gfnem.run import Run
@@ -12,6 +11,7 @@ from gfnem.run.plots import bar_table, draw_trees, learning_curves
 from gfnem.tasks.grammar.decode import bracketed, parse
 from gfnem.tasks.grammar.scores import SentenceScores
 from gfnem.tasks.grammar.text.corpus import Corpus
+from gfnem.training.parts import Metrics
 
 # The sentences that are shown: enough words to have structure, few enough to be drawn.
 SHOWN, SHOWN_LENGTHS = 6, range(5, 16)

@@ -10,10 +10,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from gfnem import bootstrap
-from gfnem.em import Metrics
 from gfnem.tasks.grammar.text.corpus import Corpus
 from gfnem.tasks.grammar.trees.f1 import SpanCounts
 from gfnem.tasks.grammar.trees.tree import Trees
+from gfnem.training.parts import Metrics
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from gfnem import divergences
-from gfnem.em import Metrics
 from gfnem.errors import UserError
 from gfnem.gradients import gradient_noise
 from gfnem.inference import device_of, inference
@@ -14,6 +13,7 @@ from gfnem.model import LatentVariableModel
 from gfnem.posterior import Posterior
 from gfnem.tasks.mixture.data import PointData, Points
 from gfnem.tasks.mixture.model import HierarchicalMixture
+from gfnem.training.parts import Metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gfnem.em import Metrics
 from gfnem.errors import UserError
 from gfnem.inference import device_of, inference
 from gfnem.model import LatentVariableModel
@@ -19,6 +18,7 @@ from gfnem.tasks.grammar.trees.f1 import SpanCounts
 from gfnem.tasks.grammar.trees.tree import Trees
 from gfnem.tasks.tree_prior.data import ShapeData, Shapes
 from gfnem.tasks.tree_prior.model import ShapeModel
+from gfnem.training.parts import Metrics
 
 if TYPE_CHECKING:
     from gfnem.run import Run
