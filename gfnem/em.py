@@ -20,6 +20,7 @@ from gfnem.precision import matmul_precision
 from gfnem.schedule import Alternation, Schedule
 from gfnem.training.average import AveragedWeights
 from gfnem.training.interrupt import interruptible
+from gfnem.training.means import Means
 from gfnem.training.parts import Data, Evaluator, Metrics
 from gfnem.training.trainer import (
     MODEL_OPTIMIZER,
@@ -156,7 +157,7 @@ class EM:
         self.best = math.nan  # nothing rated yet
         self.best_m_steps = 0
         self.latest: Metrics = {}
-        self._sums: dict[str, list[float]] = {}
+        self._means = Means()
         self.stopped = False
 
     def fit(self) -> Metrics:
@@ -215,8 +216,8 @@ class EM:
     def _alternate(self, x: Any) -> bool:
         """What the schedule says of a batch; whether that was an M-step too."""
         estep = self._e_step(x) if self._e_step_due() else None
-        if estep is not None and "train/posterior_gap" not in self._sums:
-            self._note(self._posterior_gap(x, estep.latents))
+        if estep is not None and "train/posterior_gap" not in self._means:
+            self._means.add(self._posterior_gap(x, estep.latents))
         m_step_due = self._m_step_due()
         if m_step_due:
             self._m_step(x, estep.latents if estep is not None else None)
@@ -276,11 +277,10 @@ class EM:
         assert self.posterior_trainer is not None
         estep = self.posterior.e_step(self.model, x)
         assert estep.loss is not None
-        loss = float(estep.loss.detach())
-        objective = loss if estep.objective is None else float(estep.objective.detach())
+        loss = estep.loss.detach()
         if self.posterior_trainer.step(estep.loss):
-            self.schedule.e_step_done(objective)
-            self._note({"train/e_loss": loss, **estep.metrics})
+            self.schedule.e_step_done(loss if estep.objective is None else estep.objective.detach())
+            self._means.add({"train/e_loss": loss, **estep.metrics})
         self.e_steps += 1
         return estep
 
@@ -290,7 +290,7 @@ class EM:
         estep = self.posterior.e_step(self.model, x)
         assert estep.loss is not None
         if minimise(estep.loss, self.model_trainer, self.posterior_trainer):
-            self._note({"train/joint_loss": estep.loss.detach(), **estep.metrics})
+            self._means.add({"train/joint_loss": estep.loss.detach(), **estep.metrics})
         self.e_steps += 1
         self.m_steps += 1
         self.model.m_step_done(self.m_steps)
@@ -301,7 +301,7 @@ class EM:
         else:
             loss = -self.posterior.expected_log_joint(self.model, x, latents).mean()
             if self.model_trainer.step(loss):
-                self._note({"train/m_loss": loss.detach()})
+                self._means.add({"train/m_loss": loss.detach()})
         self.m_steps += 1
         self.model.m_step_done(self.m_steps)
         self.schedule.m_step_done()
@@ -312,7 +312,7 @@ class EM:
         assert isinstance(self.model, ClosedFormModel)
         given = self.posterior.m_step_latents(self.model, x, latents)
         self.model.maximise(x, given)
-        self._note({"train/m_loss": -given.mean(self.model.log_joint(x, given.z)).mean()})
+        self._means.add({"train/m_loss": -given.mean(self.model.log_joint(x, given.z)).mean()})
 
     @torch.no_grad()
     def _posterior_gap(self, x: Any, latents: Latents | None) -> dict[str, float | Tensor]:
@@ -327,18 +327,12 @@ class EM:
             return {}
         return {"train/posterior_gap": (log_likelihood - latents.log_weights.mean(-1)).mean()}
 
-    def _note(self, metrics: dict[str, Any]) -> None:
-        """Keep for the next line of metrics, which has the means since the last."""
-        for key, value in metrics.items():
-            self._sums.setdefault(key, []).append(float(value))
-
     def _log(self) -> None:
-        metrics = {key: sum(values) / len(values) for key, values in self._sums.items()}
+        metrics = self._means.take()
         metrics.update(self.schedule.metrics(self.m_steps))
         metrics.update(self.model.metrics())
         trainers = [self.model_trainer, self.posterior_trainer]
         metrics["train/skipped"] = sum(t.skipped for t in trainers if t is not None)
-        self._sums = {}
         self._write(metrics)
 
     def _write(self, metrics: Metrics) -> None:
@@ -436,7 +430,7 @@ class EM:
             "schedule": self.schedule.state_dict(),
             "counters": {name: getattr(self, name) for name in _COUNTERS},
             "latest": self.latest,
-            "sums": self._sums,
+            "sums": self._means.state_dict(),
             "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
             "lines": self.run.lines if self.run is not None else 0,
         }
@@ -454,7 +448,7 @@ class EM:
         for name in _COUNTERS:
             setattr(self, name, state["counters"][name])
         self.latest = state["latest"]
-        self._sums = state["sums"]
+        self._means.load_state_dict(state["sums"])
         torch.set_rng_state(state["random"]["cpu"])
         # A run may go on on another device than it began on.
         if self.device.type == "cuda" and state["random"]["cuda"] is not None:

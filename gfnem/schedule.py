@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
+from torch import Tensor
+
 from gfnem.errors import UserError
 
 
@@ -16,8 +18,8 @@ class Schedule(ABC):
         """Whether this batch gets an E-step."""
 
     @abstractmethod
-    def e_step_done(self, loss: float) -> None:
-        """An E-step ended with this loss."""
+    def e_step_done(self, loss: float | Tensor) -> None:
+        """An E-step ended with this loss, a number or a tensor of one, which may be on a device."""
 
     @abstractmethod
     def m_step_due(self, m_steps: int) -> bool:
@@ -61,7 +63,7 @@ class Alternation(Schedule):
     def e_step_due(self) -> bool:
         return self.e_left > 0
 
-    def e_step_done(self, loss: float) -> None:
+    def e_step_done(self, loss: float | Tensor) -> None:
         self.e_left -= 1
 
     def m_step_due(self, m_steps: int) -> bool:
@@ -98,8 +100,8 @@ class AdaptiveThreshold(Schedule):
     def e_step_due(self) -> bool:
         return True
 
-    def e_step_done(self, loss: float) -> None:
-        self.sum = self.decay * self.sum + (1 - self.decay) * loss
+    def e_step_done(self, loss: float | Tensor) -> None:
+        self.sum = self.decay * self.sum + (1 - self.decay) * float(loss)
         self.weight = self.decay * self.weight + (1 - self.decay)
 
     def m_step_due(self, m_steps: int) -> bool:

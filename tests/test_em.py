@@ -22,6 +22,7 @@ import pytest
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gfnem.em import EM
 from gfnem.errors import UserError
@@ -502,6 +503,22 @@ def test_schedules_hear_of_the_objective_where_the_loss_has_more_to_it() -> None
     em = EM(Mixture(), More(), Urn(), m_steps=3, max_e_steps=3, schedule=schedule)
     em.fit()
     assert em.m_steps == 3
+
+
+class CountsWaits(TorchDispatchMode):
+    """How often a number is taken off the device, for which a step has to wait."""
+
+    waits = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.waits += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_for_nothing_but_whether_loss_and_gradient_are_finite() -> None:
+    with CountsWaits() as counts:
+        EM(Mixture(), Table(), Urn(), m_steps=10, log_every=1000).fit()
+    assert counts.waits == 10 * 2 * 2
 
 
 # Gradients.
