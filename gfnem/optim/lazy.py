@@ -47,11 +47,12 @@ def step_rows(
     if p.grad.is_sparse and p.grad.sparse_dim() == 1:
         gradient = p.grad.coalesce()
         rows = gradient.indices()[0]
-        some = _updated(*(old[rows] for old in olds), gradient.values(), coefficients)
-        for old, new in zip(olds, some, strict=True):
+        news = _updated(p[rows], momentum[rows], steps[rows], gradient.values(), coefficients)
+        for old, new in zip(olds, news, strict=True):
             old.index_copy_(0, rows, new)
     else:
-        for old, new in zip(olds, _updated(*olds, p.grad.to_dense(), coefficients), strict=True):
+        news = _updated(p, momentum, steps, p.grad.to_dense(), coefficients)
+        for old, new in zip(olds, news, strict=True):
             old.copy_(new)
 
 

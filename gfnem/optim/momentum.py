@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, _foreach_add_, _foreach_mul_  # pyright: ignore[reportPrivateImportUsage]
 from torch.optim.optimizer import Optimizer
 
 from gfnem.optim.lazy import step_rows
@@ -150,11 +150,11 @@ def _update_one_by_one(
 def _update_together(
     parameters: list[Tensor], gradients: list[Tensor], momenta: list[Tensor], c: Coefficients
 ) -> None:
-    torch._foreach_mul_(momenta, c.keep)
-    torch._foreach_add_(momenta, gradients, alpha=c.gamma1)
+    _foreach_mul_(momenta, c.keep)
+    _foreach_add_(momenta, gradients, alpha=c.gamma1)
     if c.shrink != 0:
-        torch._foreach_mul_(parameters, 1 - c.shrink)
+        _foreach_mul_(parameters, 1 - c.shrink)
     if c.gamma2 != 0:
-        torch._foreach_add_(parameters, gradients, alpha=-c.gamma2)
+        _foreach_add_(parameters, gradients, alpha=-c.gamma2)
     if c.gamma3 != 0:
-        torch._foreach_add_(parameters, momenta, alpha=-c.gamma3)
+        _foreach_add_(parameters, momenta, alpha=-c.gamma3)
