@@ -27,6 +27,15 @@ from torch import Tensor
 class Moments(NamedTuple):
     """Second moments of each parameter, [..., parameters].
 
+    Example:
+        >>> import numpy as np
+        >>> moments = Moments(error=np.ones(2), momentum=np.zeros(2), cross=np.zeros(2))
+        >>> frequencies = np.array([0.5, 0.01])
+        >>> for _ in range(100):
+        ...     moments = sparse_step(moments, frequencies, lr=0.02, momentum=0.9, batch=8)
+        >>> moments.error.round(3).tolist()
+        [0.0, 0.7]
+
     error: E e^2.
     momentum: E m^2.
     cross: E[e m].
@@ -39,6 +48,11 @@ class Moments(NamedTuple):
 
 class RandomFeatures(NamedTuple):
     """Least squares on random features, in the eigenbasis of the features' covariance.
+
+    Example:
+        >>> problem = power_law_features(torch.eye(3, dtype=torch.float64), alpha=1.0, beta=0.0)
+        >>> (problem.eigenvalues * 36).round().tolist()
+        [36.0, 9.0, 4.0]
 
     eigenvalues: of the covariance of the features.
     directions: its eigenvectors, as columns.

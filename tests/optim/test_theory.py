@@ -1,7 +1,8 @@
-"""Recursions of second moments against our optimizers on drawn data, and where hands can solve."""
+"""Recursions of second moments against our optimizers on drawn data, and cases solved by hand."""
 
 from __future__ import annotations
 
+import doctest
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gfnem.optim import DANA, SGD, PowerLaw
+from gfnem.optim import DANA, SGD, PowerLaw, theory
 from gfnem.optim.theory import (
     Moments,
     active_share,
@@ -41,6 +42,10 @@ DANA_OPTIONS: dict[str, Any] = {
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+def dana_options(t: int) -> dict[str, Any]:
+    return {name: c(t) if callable(c) else c for name, c in DANA_OPTIONS.items()}
 
 
 def start(error: Any) -> Moments:
@@ -75,7 +80,7 @@ def test_dana_on_random_features(generator: torch.Generator) -> None:
         residual = torch.einsum("rbd,rd->rb", phi, theta.detach()) - x @ j**-beta
         theta.grad = torch.einsum("rb,rbd->rd", residual, phi) / batch
         optimizer.step()
-        given = {k: c(t) if callable(c) else c for k, c in DANA_OPTIONS.items()}
+        given = dana_options(t)
         moments = dana_step(moments, problem.eigenvalues, problem.floor, batch, **given)
         if t in (0, 4, 29):
             e = (theta.detach() - problem.optimum) @ problem.directions
@@ -108,7 +113,7 @@ def test_dana_with_exact_gradients_is_the_loop_itself() -> None:
     e, y = np.array([1.0, -2.0, 0.5]), np.zeros(3)
     moments = start(e**2)
     for t in range(50):
-        given = {k: c(t) if callable(c) else c for k, c in DANA_OPTIONS.items()}
+        given = dana_options(t)
         g = eigenvalues * e
         y = (1 - given["decay"]) * y + given["gamma1"] * g
         e = e - given["gamma2"] * g - given["gamma3"] * y
@@ -310,3 +315,8 @@ def test_weight_of_a_rare_class_far_from_the_optimum(generator: torch.Generator)
         for n in (1, 2)
     ]
     assert rare_weight_step(1.48, 1.48**2, 0.01, 2.0, 10) == pytest.approx(by_hand)
+
+
+def test_examples_run() -> None:
+    failed, attempted = doctest.testmod(theory)
+    assert attempted and not failed
