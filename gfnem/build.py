@@ -221,13 +221,20 @@ def _check_type(value: Any, annotation: Any, where: str) -> None:
 
 
 def _optimizer(options: dict[str, Any], path: str) -> Any:
-    """The factory of an optimizer, tried out: it alone knows which values it takes."""
+    """The factory of an optimizer, tried out: it alone knows which values it takes.
+
+    It raises UserError for parameters that the optimizer cannot take.
+    """
     factory = make(options)
-    try:
-        factory([nn.Parameter(torch.zeros(1))])
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
-    return factory
+
+    def optimizer(groups: Any) -> torch.optim.Optimizer:
+        try:
+            return factory(groups)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from None
+
+    optimizer([nn.Parameter(torch.zeros(1, 1))])
+    return optimizer
 
 
 def _check_nothing_learns(config: dict[str, Any]) -> None:
