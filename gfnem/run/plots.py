@@ -6,8 +6,7 @@ They are drawn on `matplotlib.figure.Figure` objects of their own, never on pypl
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,6 @@ from matplotlib.textpath import text_to_path
 from matplotlib.ticker import MaxNLocator
 
 if TYPE_CHECKING:
-    from nltk import Tree
     from torch import Tensor
 
 PANELS: Mapping[str, Sequence[str]] = {
@@ -36,8 +34,8 @@ PANELS: Mapping[str, Sequence[str]] = {
 }
 """Panel title -> patterns of the metrics that it shows."""
 
-_INK, _PALE, _BLUE = "#222222", "#858585", "#1f6fb4"
-_COLORS = (_BLUE, "#d1601f", "#3a8f4d", "#8d5fb0", "#b5892b", "#5b6770")
+INK, PALE, BLUE = "#222222", "#858585", "#1f6fb4"
+_COLORS = (BLUE, "#d1601f", "#3a8f4d", "#8d5fb0", "#b5892b", "#5b6770")
 _STYLES = ("-", "--", ":", "-.")
 _SMOOTHED_FROM = 60  # points; a curve of more is drawn pale, with its running mean on top
 
@@ -76,7 +74,7 @@ def learning_curves(
         if len(found) > 1:
             axes.legend(fontsize=8, framealpha=0.8, edgecolor="none")
         else:
-            axes.set_ylabel(next(iter(found)), fontsize=8, color=_PALE)
+            axes.set_ylabel(next(iter(found)), fontsize=8, color=PALE)
     return figure
 
 
@@ -186,7 +184,7 @@ def bar_table(rows: Mapping[str, Mapping[str, float]], title: str = "", own: str
     """
     scores = list(dict.fromkeys(score for row in rows.values() for score in row))
     figure = Figure(figsize=(1.6 + 2.6 * len(scores), 1.0 + 0.36 * len(rows)), layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=_INK)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
     places = {method: len(rows) - 1 - index for index, method in enumerate(rows)}
     for column, score in enumerate(scores, start=1):
         axes = figure.add_subplot(1, len(scores), column)
@@ -200,7 +198,7 @@ def bar_table(rows: Mapping[str, Mapping[str, float]], title: str = "", own: str
         axes.set_xlim(0, 1.25 * max(values.values()) or 1)
         for method, value in values.items():
             mine = method == own
-            axes.barh(places[method], value, height=0.62, color=_BLUE if mine else "#c9ced3")
+            axes.barh(places[method], value, height=0.62, color=BLUE if mine else "#c9ced3")
             axes.annotate(
                 f"{value:.1f}",
                 (value, places[method]),
@@ -208,7 +206,7 @@ def bar_table(rows: Mapping[str, Mapping[str, float]], title: str = "", own: str
                 textcoords="offset points",
                 va="center",
                 fontsize=9,
-                color=_INK,
+                color=INK,
                 fontweight="bold" if mine else "normal",
             )
     return figure
@@ -218,7 +216,7 @@ def _style_curves(axes: Axes, title: str, label: str, integer: bool = True) -> N
     _style(axes, title)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=integer))
-    axes.set_xlabel(label, fontsize=9, color=_INK)
+    axes.set_xlabel(label, fontsize=9, color=INK)
 
 
 def _scale(axes: Axes, values: Sequence[float]) -> None:
@@ -228,161 +226,25 @@ def _scale(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _style(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=_INK)
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_PALE)
-    axes.tick_params(colors=_INK, labelsize=8, color=_PALE)
+    axes.spines[["left", "bottom"]].set_color(PALE)
+    axes.tick_params(colors=INK, labelsize=8, color=PALE)
 
 
-# Trees. All lengths are inches, so that a word takes the room that it needs whatever the tree.
-_LEVEL = 0.34  # from a node up to its parent
-_WORD_SIZE, _LABEL_SIZE = 10, 8  # points
-_WORD_GAP = 0.16  # between two words
-_MARGIN = 0.25
-_TREE_GAP = 0.6  # between the predicted tree and the gold one
-_TITLE, _SUBTITLE = 0.4, 0.24  # from the top of a title to the tree; to "predicted" and "gold"
-_ROW_GAP = 0.5
-_MIN_WIDTH = 3.0
-
-Span = tuple[int, int]
-
-
-@dataclass
-class _Node:
-    """A node with its place: `x` from the left edge of its tree, `height` in levels."""
-
-    label: str
-    span: Span
-    x: float
-    height: int
-    children: list[_Node]
-
-
-def draw_trees(pairs: Sequence[tuple[str, Tree, Tree | None]]) -> Figure:
-    """Draw predicted trees, each beside its gold tree.
-
-    The words stand on one line under the tree. Spans that the predicted and the gold tree have
-    in common, whatever their labels, are blue and the others grey. Without a gold tree all is
-    black.
-
-    Args:
-        pairs: (title, predicted tree, gold tree or None), drawn one below the other.
-
-    Raises:
-        ValueError: there is nothing to draw.
-    """
-    if not pairs:
-        raise ValueError("draw_trees needs at least one tree")
-    rows = [
-        (title, [_layout(tree) for tree in (predicted, gold) if tree is not None])
-        for title, predicted, gold in pairs
-    ]
-    heights = [
-        _TITLE + _SUBTITLE * (len(trees) - 1) + max(root.height for root, _ in trees) * _LEVEL
-        for _, trees in rows
-    ]
-    widths = [sum(wide for _, wide in trees) + _TREE_GAP * (len(trees) - 1) for _, trees in rows]
-    width = max(_MIN_WIDTH, *widths) + 2 * _MARGIN
-    top = sum(heights) + _ROW_GAP * (len(rows) - 1) + 2 * _MARGIN
-    figure = Figure(figsize=(width, top))
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, width), ylim=(0, top))
-    axes.set_axis_off()
-    top -= _MARGIN
-    for (title, trees), height in zip(rows, heights, strict=True):
-        _text(axes, _MARGIN, top, title, va="top", fontsize=10, fontweight="bold")
-        left, bottom = _MARGIN, top - height
-        spans = [{node.span for node in _nodes(root)} for root, _ in trees]
-        common = set.intersection(*spans) if len(trees) == 2 else None
-        names = ("predicted (blue: as in gold)", "gold") if len(trees) == 2 else ("",)
-        for name, (root, wide) in zip(names, trees, strict=True):
-            _text(axes, left, top - _SUBTITLE, name, va="top", fontsize=9, color=_PALE)
-            _draw(axes, root, left, bottom, common)
-            left += wide + _TREE_GAP
-        top -= height + _ROW_GAP
-    return figure
-
-
-def _layout(tree: Tree) -> tuple[_Node, float]:
-    """Place the nodes of a tree; returns its root and its width."""
-    words = iter(tree.leaves())
-    right = 0.0
-    position = 0
-
-    def place(subtree: Tree | str, room: float) -> _Node:
-        """Place a subtree; its only word, if it has but one, is at least `room` wide."""
-        nonlocal right, position
-        if isinstance(subtree, str):
-            label = next(words)
-            wide = max(_text_width(label, _WORD_SIZE), room)
-            x = right + wide / 2
-            right += wide + _WORD_GAP
-            position += 1
-            return _Node(label, (position - 1, position), x, 0, [])
-        start = position
-        label = str(subtree.label())
-        room = max(room, _text_width(label, _LABEL_SIZE)) if len(subtree) == 1 else 0.0
-        children = [place(child, room) for child in subtree]
-        x = (children[0].x + children[-1].x) / 2
-        height = 1 + max(child.height for child in children)
-        return _Node(label, (start, position), x, height, children)
-
-    root = place(tree, 0.0)
-    return root, right - _WORD_GAP
-
-
-def _nodes(node: _Node) -> Iterator[_Node]:
-    yield node
-    for child in node.children:
-        yield from _nodes(child)
-
-
-def _draw(axes: Axes, root: _Node, left: float, bottom: float, common: set[Span] | None) -> None:
-    for node in _nodes(root):
-        x, y = left + node.x, bottom + node.height * _LEVEL
-        if not node.children:
-            _text(axes, x, y, node.label, ha="center", va="center", fontsize=_WORD_SIZE)
-            continue
-        shared = common is not None and node.span in common
-        color = _INK if common is None else _BLUE if shared else _PALE
-        for child in node.children:
-            # Aslant down one level, then straight: lines of different nodes never cross.
-            below = bottom + child.height * _LEVEL + (0 if child.children else 0.12)
-            axes.plot(
-                [x, left + child.x, left + child.x],
-                [y, max(y - _LEVEL, below), below],
-                color=color,
-                linewidth=1.8 if shared else 1.1,
-                solid_joinstyle="round",
-                zorder=1,
-            )
-        if node.label:
-            _text(
-                axes,
-                x,
-                y,
-                node.label,
-                ha="center",
-                va="center",
-                fontsize=_LABEL_SIZE,
-                color=color,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.2},
-                zorder=2,
-            )
-
-
-def _text(axes: Axes, x: float, y: float, text: str, color: str = _INK, **style: Any) -> None:
+def write(axes: Axes, x: float, y: float, text: str, color: str = INK, **style: Any) -> None:
     """Write a text as it is, dollar signs included."""
     axes.text(x, y, text, color=color, parse_math=False, **style)
 
 
-def _text_width(text: str, points: float) -> float:
+def text_width(text: str, points: float) -> float:
     """Return the width of a text in inches, at a font size in points."""
     font = FontProperties(size=points)
     return text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] / 72
 
 
-# Images, in inches like the trees.
+# Images, in inches.
+_MARGIN = 0.25
 _IMAGE = 0.55  # height of an image
 _IMAGE_GAP = 0.06
 _IMAGE_TITLE = 0.26
@@ -408,7 +270,7 @@ def image_grid(
     widths = [_IMAGE * images.shape[3] / images.shape[2] for _, images in rows]
     heights = [_IMAGE + (_IMAGE_TITLE if title else 0) for title, _ in rows]
     width = 2 * _MARGIN + max(
-        max(len(images) * (wide + _IMAGE_GAP) - _IMAGE_GAP, _text_width(title, 9) if title else 0)
+        max(len(images) * (wide + _IMAGE_GAP) - _IMAGE_GAP, text_width(title, 9) if title else 0)
         for wide, (title, images) in zip(widths, rows, strict=True)
     )
     top = 2 * _MARGIN + sum(heights) + _IMAGE_GAP * (len(rows) - 1)
@@ -420,7 +282,7 @@ def image_grid(
     for (title, images), wide, height in zip(rows, widths, heights, strict=True):
         y -= height
         if title:
-            _text(axes, _MARGIN, y + _IMAGE + 0.05, title, va="bottom", fontsize=9)
+            write(axes, _MARGIN, y + _IMAGE + 0.05, title, va="bottom", fontsize=9)
         for number, image in enumerate(images):
             x = _MARGIN + number * (wide + _IMAGE_GAP)
             axes.imshow(
@@ -454,7 +316,7 @@ def labelled_points(
         axes.set_aspect("equal", adjustable="datalim")
         colors = [_COLORS[label % len(_COLORS)] for label in labels.tolist()]
         axes.scatter(*points.cpu().numpy().T, s=4, c=colors, linewidths=0)
-        axes.plot(*centers.cpu().numpy().T, "x", color=_INK, markersize=8, markeredgewidth=2)
+        axes.plot(*centers.cpu().numpy().T, "x", color=INK, markersize=8, markeredgewidth=2)
     return figure
 
 

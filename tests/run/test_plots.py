@@ -12,11 +12,9 @@ from matplotlib.colors import same_color
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.text import Text
-from nltk import Tree
 
 from gfnem.run.plots import (
     bar_table,
-    draw_trees,
     image_grid,
     labelled_points,
     learning_curves,
@@ -77,58 +75,6 @@ def test_wide_ranges_are_drawn_on_a_log_scale() -> None:
 
 def test_no_metrics_no_panel() -> None:
     assert learning_curves([]).axes == []
-
-
-def test_trees_are_laid_out_above_one_line_of_words() -> None:
-    tree = Tree.fromstring("(S (NP the cat) (VP sat (PP on (NP $a $mat))))")
-    figure = draw_trees([("sample", tree, None)])
-    written = texts(figure)
-    words = [written[word].get_position() for word in tree.leaves()]
-    assert len({y for _, y in words}) == 1
-    assert [x for x, _ in words] == sorted(x for x, _ in words)
-    heights = {name: written[name].get_position()[1] for name in ("S", "VP", "PP")}
-    assert heights["S"] > heights["VP"] > heights["PP"] > words[0][1]
-    vp, sat, pp = (written[name].get_position()[0] for name in ("VP", "sat", "PP"))
-    assert vp == pytest.approx((sat + pp) / 2)
-    assert png(figure).startswith(b"\x89PNG")
-
-
-def test_no_text_covers_another() -> None:
-    sentence = "an internationally known manufacturer of it all is up to no good in a i o u we be"
-    words = sentence.split()
-    right = left = None
-    for index, word in enumerate(words):
-        left = word if left is None else Tree(f"NT-{index}", [left, word])
-    for index, word in enumerate(reversed(words)):
-        right = word if right is None else Tree(f"NT-{index}", [word, right])
-    tagged = Tree("S", [Tree("ADJP-TMP", [Tree("PRP$", [word])]) for word in words])
-    for predicted, gold in ((left, right), (tagged, right)):
-        assert isinstance(predicted, Tree) and isinstance(gold, Tree)
-        figure = draw_trees([("title", predicted, gold)])
-        png(figure)
-        boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text()]
-        for index, box in enumerate(boxes):
-            assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
-            assert not any(box.overlaps(other) for other in boxes[:index])
-
-
-def test_spans_of_the_gold_tree_are_blue() -> None:
-    predicted = Tree.fromstring("(A (B a b) (C c d))")
-    gold = Tree.fromstring("(S (X a b c) (Y d))")
-    written = texts(draw_trees([("", predicted, gold)]))
-    blue = written["A"].get_color()
-    assert same_color(written["S"].get_color(), blue)
-    for other in "BCX":
-        assert not same_color(written[other].get_color(), blue)
-    gold = Tree.fromstring("(S (X a b) c d)")
-    written = texts(draw_trees([("", predicted, gold)]))
-    assert same_color(written["B"].get_color(), blue) and same_color(written["X"].get_color(), blue)
-    assert not same_color(written["C"].get_color(), blue)
-
-
-def test_drawing_nothing_is_an_error() -> None:
-    with pytest.raises(ValueError, match="at least one tree"):
-        draw_trees([])
 
 
 def test_bars_are_as_long_as_the_scores() -> None:

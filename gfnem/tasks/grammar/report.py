@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from gfnem.model import LatentVariableModel
 from gfnem.posterior import Posterior
 from gfnem.run import Run
-from gfnem.run.plots import bar_table, draw_trees, learning_curves
+from gfnem.run.plots import bar_table, learning_curves
 from gfnem.tasks.grammar.decode import bracketed, parse
 from gfnem.tasks.grammar.scores import SentenceScores
 from gfnem.tasks.grammar.text.corpus import Corpus
+from gfnem.tasks.grammar.trees.drawing import draw_trees
 from gfnem.training.parts import Metrics
 
 # The sentences that are shown: enough words to have structure, few enough to be drawn.
