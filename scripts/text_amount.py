@@ -22,11 +22,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean, stdev
 
 import torch
 from jobs import column, markdown
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from gfnem.build import load_data, make
 from gfnem.config import compose_stored
@@ -147,13 +148,17 @@ def figure(rows: dict[tuple[int, str], list[dict[str, float]]]) -> Figure:
             sizes = [sentences for sentences, _ in chosen]
             values = [[numbers[name] for numbers in seeds] for seeds in chosen.values()]
             label = "Brown's text alone" if alone else "with the treebank's text"
+            deviations = [stdev(seeds) if len(seeds) > 1 else 0.0 for seeds in values]
             axes.errorbar(
-                sizes, list(map(fmean, values)), list(map(pstdev, values)), color=color,
+                sizes, list(map(fmean, values)), deviations, color=color,
                 marker="s" if alone else "o", capsize=3, label=label,
             )  # fmt: skip
             for size, seeds in zip(sizes, values, strict=True):
                 axes.plot([size] * len(seeds), seeds, ".", color=color, alpha=0.5)
         axes.set(xscale="log", xlabel=SENTENCES, ylabel=name)
+        axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3)
         axes.legend()
     return drawn
