@@ -79,20 +79,17 @@ class Reading:
         return Reading([tree.leaves() for tree in trees], trees)
 
 
-def read_lines(file: Path, forms: WordForms = PLAIN) -> Reading:
-    """Read raw sentences, one a line; there are no trees.
+def read_sentences(file: Path, forms: WordForms = PLAIN, keep_currency: bool = True) -> Reading:
+    """Read raw sentences, one a line, without trees, or what `read_trees` reads.
 
-    Raises UserError for a file that is missing, empty or not UTF-8.
+    Bracketed trees are known by their beginning: two brackets and no word between.
+
+    Raises UserError as `read_trees` does.
     """
-    return Reading([forms.words(line) for line in read_text(file).splitlines()], None)
-
-
-def holds_trees(file: Path) -> bool:
-    """Tell whether a file begins as bracketed trees do, with two brackets and no word between.
-
-    Raises UserError for a file that is missing, empty or not UTF-8.
-    """
-    return re.match(r"\s*\(\s*[^\s()]*\s*\(", read_text(file)) is not None
+    text = read_text(file)
+    if re.match(r"\s*\(\s*[^\s()]*\s*\(", text):
+        return Reading.of_trees(_trees(text, str(file), keep_currency))
+    return Reading([forms.words(line) for line in text.splitlines()], None)
 
 
 def read_trees(file: Path | zipfile.Path, keep_currency: bool = True) -> list[Tree]:
@@ -100,11 +97,15 @@ def read_trees(file: Path | zipfile.Path, keep_currency: bool = True) -> list[Tr
 
     Raises UserError for a file that is missing, empty, not UTF-8 or has unbalanced brackets.
     """
+    return _trees(read_text(file), str(file), keep_currency)
+
+
+def _trees(text: str, name: str, keep_currency: bool) -> list[Tree]:
     from nltk import Tree
 
     removed = PUNCTUATION | {TRACE} | (frozenset() if keep_currency else CURRENCY)
     trees = []
-    for brackets in split_trees(read_text(file), str(file)):
+    for brackets in split_trees(text, name):
         tree = Tree.fromstring(brackets, remove_empty_top_bracketing=True)
         trees.append(clean(tree, removed) or Tree(tree.label(), []))
     return trees

@@ -20,8 +20,7 @@ from pathlib import Path
 from gfnem.errors import UserError
 from gfnem.tasks.grammar.text.brackets import (
     Reading,
-    holds_trees,
-    read_lines,
+    read_sentences,
     read_trees,
     tree_files,
 )
@@ -357,7 +356,7 @@ def _read_files(paths: str | Sequence[str], keep_currency: bool, forms: WordForm
     """Read files of raw sentences and of trees, each on its own."""
     paths = [paths] if isinstance(paths, str) else paths
     return [
-        _read_trees([file], keep_currency) if holds_trees(file) else read_lines(file, forms)
+        read_sentences(file, forms, keep_currency)
         for path in paths
         for file in tree_files(Path(path))
     ]

@@ -339,6 +339,16 @@ def test_trees_alone_keep_their_words(tmp_path: Path):
     assert both.train.gold is None and both.valid.gold == [frozenset({(0, 2)})]
 
 
+def test_each_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    trees = write(tmp_path, "a.ptb", "(S (NP (NNS boys)) (VBP bark))")
+    lines = write(tmp_path, "raw.txt", "boys bark")
+    read: list[str] = []
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda file: read.append(str(file)) or read_bytes(file))
+    text(train=lines, valid=trees, test=lines)
+    assert read == [lines, trees, lines]
+
+
 # Real data.
 
 
