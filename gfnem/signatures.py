@@ -6,7 +6,9 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from typing_extensions import Unpack
 
 _NAMES = {
     bool: "true or false",
@@ -21,7 +23,8 @@ _NAMES = {
 def annotations_of(function: Callable[..., Any]) -> dict[str, Any]:
     """Parameter name -> annotation of what can be passed by name; Any where there is none.
 
-    A constructor that takes **options takes those of the next class in line too.
+    Of **options: Unpack[Options], those of the typed dictionary; a constructor that takes **options
+    without saying which takes those of the next class in line too.
     """
     if isinstance(function, type):
         calls = [vars(base)["__init__"] for base in function.__mro__ if "__init__" in vars(base)]
@@ -33,6 +36,10 @@ def annotations_of(function: Callable[..., Any]) -> dict[str, Any]:
         for parameter in parameters:
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
                 found.setdefault(parameter.name, _evaluated(parameter.annotation, call))
+            if parameter.kind == parameter.VAR_KEYWORD:
+                annotation = _evaluated(parameter.annotation, call)
+                if get_origin(annotation) is Unpack:
+                    found |= get_type_hints(*get_args(annotation))
         if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters):
             break
     found.pop("self", None)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from jaxtyping import Int
@@ -119,6 +119,17 @@ class Corpus:
         return [self.batch(indices) for indices in _chunks(order, batch_size)]
 
 
+class DataOptions(TypedDict, total=False):
+    """What sources hand over to `GrammarData` as it is given to them."""
+
+    min_length: int
+    max_length: int
+    max_test_length: int | None
+    min_count: int
+    batch_size: int
+    seed: int
+
+
 class GrammarData:
     """A training, a validation and a test corpus with one vocabulary.
 
@@ -152,11 +163,11 @@ class GrammarData:
         train: Reading,
         valid: Reading,
         test: Reading,
-        min_length: int,
-        max_length: int,
-        min_count: int,
-        batch_size: int,
-        seed: int,
+        min_length: int = 2,
+        max_length: int = 20,
+        min_count: int = 2,
+        batch_size: int = 16,
+        seed: int = 0,
         vocabulary: Vocabulary | None = None,
         forms: WordForms = PLAIN,
         more_tests: Mapping[str, Reading] | None = None,

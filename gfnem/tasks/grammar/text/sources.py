@@ -17,6 +17,8 @@ from functools import reduce
 from operator import add
 from pathlib import Path
 
+from typing_extensions import Unpack
+
 from gfnem.errors import UserError
 from gfnem.tasks.grammar.text.brackets import (
     Reading,
@@ -24,7 +26,7 @@ from gfnem.tasks.grammar.text.brackets import (
     read_trees,
     tree_files,
 )
-from gfnem.tasks.grammar.text.corpus import GrammarData, check_least
+from gfnem.tasks.grammar.text.corpus import DataOptions, GrammarData, check_least
 from gfnem.tasks.grammar.text.nltk_data import find_corpus
 from gfnem.tasks.grammar.text.toy_english import sample_trees
 from gfnem.tasks.grammar.text.words import WordForms
@@ -73,14 +75,7 @@ def toy_english(
 
 
 def treebank(
-    dir: str | None = None,
-    keep_currency: bool = True,
-    min_length: int = 2,
-    max_length: int = 20,
-    max_test_length: int | None = None,
-    min_count: int = 2,
-    batch_size: int = 16,
-    seed: int = 0,
+    dir: str | None = None, keep_currency: bool = True, **options: Unpack[DataOptions]
 ) -> GrammarData:
     """The sample of the Penn Treebank that NLTK distributes: 3,914 trees of 199 files.
 
@@ -93,20 +88,11 @@ def treebank(
         20 and 40 words; to length 20 it is 1,737 training, 145 validation and 115 test sentences
         and a vocabulary of 2,267, "<unk>" among them. Without, as in compound-pcfg, it is 1,752,
         152 and 119 sentences and a vocabulary of 2,281 (2,283 where three words are special).
-    min_length, max_length, max_test_length, min_count, batch_size, seed: as for `GrammarData`.
+    options: `DataOptions`, as for `GrammarData`.
 
     Raises UserError if the data is neither found nor downloaded, or damaged.
     """
-    return GrammarData(
-        "treebank",
-        *treebank_files(dir, keep_currency),
-        min_length,
-        max_length,
-        min_count,
-        batch_size,
-        seed,
-        max_test_length=max_test_length,
-    )
+    return GrammarData("treebank", *treebank_files(dir, keep_currency), **options)
 
 
 def treebank_files(dir: str | None, keep_currency: bool) -> tuple[Reading, Reading, Reading]:
@@ -120,14 +106,7 @@ def treebank_files(dir: str | None, keep_currency: bool) -> tuple[Reading, Readi
 
 
 def penn_treebank(
-    dir: str | None = None,
-    keep_currency: bool = False,
-    min_length: int = 2,
-    max_length: int = 20,
-    max_test_length: int | None = None,
-    min_count: int = 2,
-    batch_size: int = 16,
-    seed: int = 0,
+    dir: str | None = None, keep_currency: bool = False, **options: Unpack[DataOptions]
 ) -> GrammarData:
     """The Wall Street Journal part of the Penn Treebank (LDC99T42), which is not free.
 
@@ -136,7 +115,7 @@ def penn_treebank(
     dir: folder with the sections' folders in it, or the treebank's own folder, in which they are
         in `parsed/mrg/wsj`. None looks in the subfolder `ptb` of the folder that GFNEM_DATA names.
     keep_currency: take `$` and `#` for words; the field removes them (compound-pcfg).
-    min_length, max_length, max_test_length, min_count, batch_size, seed: as for `GrammarData`.
+    options: `DataOptions`, as for `GrammarData`.
 
     Raises UserError if the folder or one of the sections is not there.
     """
@@ -145,30 +124,14 @@ def penn_treebank(
         _read_bracketed([str(sections / f"{number:02}") for number in numbers], keep_currency)
         for numbers in (TRAIN_SECTIONS, VALID_SECTIONS, TEST_SECTIONS)
     )
-    return GrammarData(
-        "ptb",
-        train,
-        valid,
-        test,
-        min_length,
-        max_length,
-        min_count,
-        batch_size,
-        seed,
-        max_test_length=max_test_length,
-    )
+    return GrammarData("ptb", train, valid, test, **options)
 
 
 def gum(
     dir: str | None = None,
     valid_fraction: float = 0.1,
     keep_currency: bool = True,
-    min_length: int = 2,
-    max_length: int = 20,
-    max_test_length: int | None = None,
-    min_count: int = 2,
-    batch_size: int = 16,
-    seed: int = 0,
+    **options: Unpack[DataOptions],
 ) -> GrammarData:
     """Constituency trees of GUM, English of many genres: `train.ptb` and `dev.ptb`.
 
@@ -179,7 +142,7 @@ def gum(
         names.
     valid_fraction: share of the trees of train.ptb that are for validation, the last ones.
     keep_currency: take `$` and `#` for words; compound-pcfg removes them.
-    min_length, max_length, max_test_length, min_count, batch_size, seed: as for `GrammarData`.
+    options: `DataOptions`, as for `GrammarData`.
 
     Raises UserError if the folder or one of the files is not there.
     """
@@ -197,16 +160,7 @@ def gum(
     train, test = (_read_trees([file], keep_currency) for file in files)
     kept = len(train) - round(valid_fraction * len(train))
     return GrammarData(
-        "gum",
-        train.select(range(kept)),
-        train.select(range(kept, len(train))),
-        test,
-        min_length,
-        max_length,
-        min_count,
-        batch_size,
-        seed,
-        max_test_length=max_test_length,
+        "gum", train.select(range(kept)), train.select(range(kept, len(train))), test, **options
     )
 
 
@@ -217,12 +171,7 @@ def bracketed(
     valid_fraction: float = 0.1,
     test_fraction: float = 0.1,
     keep_currency: bool = True,
-    min_length: int = 2,
-    max_length: int = 20,
-    max_test_length: int | None = None,
-    min_count: int = 2,
-    batch_size: int = 16,
-    seed: int = 0,
+    **options: Unpack[DataOptions],
 ) -> GrammarData:
     """Bracketed trees as in the Penn Treebank, from files.
 
@@ -231,7 +180,7 @@ def bracketed(
     valid_fraction, test_fraction: shares of the training trees that are kept out for a split that
         is not given, evenly spread over the files and the same for every seed.
     keep_currency: take `$` and `#` for words; compound-pcfg removes them.
-    min_length, max_length, max_test_length, min_count, batch_size, seed: as for `GrammarData`.
+    options: `DataOptions`, as for `GrammarData`.
 
     Raises UserError for what cannot be read: it names the file and the line.
     """
@@ -242,16 +191,7 @@ def bracketed(
         valid_fraction,
         test_fraction,
     )
-    return GrammarData(
-        "bracketed",
-        *splits,
-        min_length,
-        max_length,
-        min_count,
-        batch_size,
-        seed,
-        max_test_length=max_test_length,
-    )
+    return GrammarData("bracketed", *splits, **options)
 
 
 def text(
@@ -263,12 +203,7 @@ def text(
     keep_currency: bool = True,
     merge_numbers: bool = False,
     split_clitics: bool = False,
-    min_length: int = 2,
-    max_length: int = 20,
-    max_test_length: int | None = None,
-    min_count: int = 2,
-    batch_size: int = 16,
-    seed: int = 0,
+    **options: Unpack[DataOptions],
 ) -> GrammarData:
     """Raw sentences from text files, one a line, words between spaces, and trees to rate by.
 
@@ -282,7 +217,7 @@ def text(
     keep_currency: take `$` and `#` of trees for words, as they are in raw text.
     merge_numbers: write every number as `<num>`.
     split_clitics: make clitics of raw text words of their own, as the Penn Treebank does: do n't.
-    min_length, max_length, max_test_length, min_count, batch_size, seed: as for `GrammarData`.
+    options: `DataOptions`, as for `GrammarData`.
 
     Raises UserError for what cannot be read: it names the file and the line.
     """
@@ -301,17 +236,7 @@ def text(
     splits = _cut(
         joined["train"], joined.get("valid"), joined.get("test"), valid_fraction, test_fraction
     )
-    return GrammarData(
-        "text",
-        *splits,
-        min_length,
-        max_length,
-        min_count,
-        batch_size,
-        seed,
-        forms=forms,
-        max_test_length=max_test_length,
-    )
+    return GrammarData("text", *splits, forms=forms, **options)
 
 
 def _cut(

@@ -13,9 +13,12 @@ from typing import Any
 
 import nltk
 import pytest
+from hydra.utils import get_object
 from nltk import Tree
+from omegaconf import OmegaConf
 
 from gfnem.errors import UserError
+from gfnem.signatures import annotations_of, fits
 from gfnem.tasks.grammar.text import sources as data_module
 from gfnem.tasks.grammar.text.brackets import Reading, gold_spans, read_trees
 from gfnem.tasks.grammar.text.corpus import GrammarData, Vocabulary
@@ -185,6 +188,19 @@ def test_evaluation_batches_leave_nothing_out(toy: GrammarData):
 
 
 # The sources.
+
+
+@pytest.mark.parametrize(
+    "name", ["toy_english", "treebank", "ptb", "gum", "bracketed", "text", "brown"]
+)
+def test_configuration_has_all_options(root: Path, name: str):
+    options = OmegaConf.to_container(OmegaConf.load(root / "conf" / "data" / f"{name}.yaml"))
+    assert isinstance(options, dict)
+    annotations = annotations_of(get_object(options["data"].pop("_target_")))
+    assert options["data"].keys() == annotations.keys()
+    given = {key: value for key, value in options["data"].items() if value != "???"}
+    assert all(fits(value, annotations[key]) for key, value in given.items())
+    assert not fits("long", annotations["max_length"])
 
 
 def test_toy_english_keeps_to_its_sizes_and_repeats_no_sentence(toy: GrammarData):
