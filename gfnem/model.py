@@ -29,7 +29,12 @@ class LatentVariableModel(nn.Module, ABC):
         Otherwise log_joint is that of `sample` and `log_likelihood` plus something of z that no
         parameter of the model changes; posteriors are proportional to exp(log_joint).
         """
-        return True
+        return not self.unnormalised
+
+    @property
+    def unnormalised(self) -> str:
+        """Why it is not `normalised` and what can be done, as a part of error messages, or ""."""
+        return ""
 
     @abstractmethod
     def log_joint(self, x: Any, z: Any) -> Float[Tensor, "batch samples"]:

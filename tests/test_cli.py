@@ -699,10 +699,15 @@ MISTAKES = [
     (["tree_prior=learned"], "tree_prior.energy.run is missing: give it with"),
     (["tree_prior=learned", "tree_prior.energy.run=no"], "run directory no does not exist"),
     (["tree_prior=depth", "tree_prior.horizon=3"], "tree_prior.horizon is 3, which has no effect"),
-    (["tree_prior=depth", "posterior=exact"], "posterior=exact is of a NeuralPCFG alone and knows"),
+    (
+        ["tree_prior=depth", "posterior=exact"],
+        "ExactPosterior needs a model that is normalised; this NeuralPCFG is not, because it has a "
+        "tree_prior: leave that out, or use GFlowNetPosterior or MCMC",
+    ),
     (
         ["tree_prior=depth", "posterior.sleep=1"],
-        "a sleep phase learns from draws of the NeuralPCFG",
+        "a sleep phase needs a model that is normalised; this NeuralPCFG is not, because it has a "
+        "tree_prior: leave that out, or set sleep to 0",
     ),
     (["task=tree_prior"], "GFlowNetPosterior needs a policy: give one"),
     (["resume=nosuch", "-m"], "resume=DIR goes with neither --multirun nor --config-dir"),

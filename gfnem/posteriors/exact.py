@@ -77,8 +77,8 @@ class ExactPosterior(Posterior):
             )
         if not model.normalised:
             raise UserError(
-                f"posterior=exact is of a {type(model).__name__} alone and knows nothing of "
-                "tree_prior: set tree_prior=none, or use posterior=gflownet or posterior=mcmc"
+                f"ExactPosterior needs a model that is normalised; this {type(model).__name__} is "
+                f"not, because {model.unnormalised}, or use GFlowNetPosterior or MCMC"
             )
         if not model.tractable:
             raise UserError(

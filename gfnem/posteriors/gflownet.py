@@ -110,9 +110,9 @@ class GFlowNetPosterior(Posterior):
         self.policy.check(model)
         if (self.sleep > 0 or self.objective.sleep > 0) and not model.normalised:
             raise UserError(
-                f"a sleep phase learns from draws of the {type(model).__name__} alone, without its "
-                "tree_prior: set posterior.sleep=0 and take an objective without a sleep phase, or "
-                "set tree_prior=none"
+                f"a sleep phase needs a model that is normalised; this {type(model).__name__} is "
+                f"not, because {model.unnormalised}, or set sleep to 0 and take an objective "
+                "without a sleep phase"
             )
 
     def e_step(self, model: LatentVariableModel, x: Any) -> EStep:

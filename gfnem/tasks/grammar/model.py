@@ -180,8 +180,8 @@ class GrammarModel(TractableModel):
         return self.log_joint_under(self.grammar(), x, z)
 
     @property
-    def normalised(self) -> bool:
-        return self.tree_prior is None
+    def unnormalised(self) -> str:
+        return "" if self.tree_prior is None else "it has a tree_prior: leave that out"
 
     def m_step_done(self, m_steps: int) -> None:
         if self.tree_prior is not None:

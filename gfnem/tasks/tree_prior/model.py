@@ -37,8 +37,8 @@ class ShapeModel(LatentVariableModel):
         self.energy = RecursiveNetwork(width)
 
     @property
-    def normalised(self) -> bool:
-        return False
+    def unnormalised(self) -> str:
+        return "it has energies alone: train it by MCMC"
 
     def log_joint(self, x: Shapes, z: Trees) -> Float[Tensor, "batch samples"]:
         return self.energy(z) - self.energy(x.trees)
