@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 USAGE = """\
@@ -47,13 +48,7 @@ groups and their options:
 EXAMPLES = """\
 examples:
   gfnem
-  gfnem data=treebank data.max_length=20 seed=1 em.m_steps=300
   gfnem posterior=exact
-  gfnem task=discrete_vae
-  gfnem task=discrete_vae data=mnist warm_start=vq refinement=resampling em.max_seconds=900
-  gfnem latent=labelled policy=light objective=subtb refinement=back_and_forth schedule=adaptive
-  gfnem task=tree_prior posterior=mcmc run_dir=runs/tree_prior
-  gfnem tree_prior=learned tree_prior.energy.run=runs/tree_prior
   gfnem --multirun seed=1,2,3 posterior=gflownet,exact
   gfnem compare runs/grammar metrics=test/nll_per_token,test/posterior_gap
   echo "the old king slept" | gfnem parse run=DIR
@@ -71,11 +66,15 @@ def groups_in(folder: Path) -> dict[str, dict[str, str]]:
     """Group -> option -> the first comment in its file."""
     groups: dict[str, dict[str, str]] = {}
     for file in sorted(folder.glob("*/*.yaml")):
-        lines = file.read_text().splitlines()
-        comments = [line[1:].strip() for line in lines if line.startswith("#")]
-        comments = [comment for comment in comments if not comment.startswith("@package")]
-        groups.setdefault(file.parent.name, {})[file.stem] = comments[0] if comments else ""
+        groups.setdefault(file.parent.name, {})[file.stem] = next(_comments(file), "")
     return groups
+
+
+def _comments(file: Path) -> Iterator[str]:
+    for line in file.read_text().splitlines():
+        comment = line.removeprefix("#").strip()
+        if line.startswith("#") and not comment.startswith("@package"):
+            yield comment
 
 
 def text() -> str:
@@ -87,4 +86,8 @@ def text() -> str:
             lines += textwrap.wrap(
                 start + comment, width=100, subsequent_indent=" " * len(start), tabsize=1
             )
-    return f"{USAGE}{chr(10).join(lines)}\n\n{EXAMPLES}"
+    # Those of a task are comments in its file.
+    tasks = sorted(config_folder().glob("task/*.yaml"))
+    of_tasks = [c for file in tasks for c in _comments(file) if c.startswith("gfnem ")]
+    examples = "".join(f"  {example}\n" for example in of_tasks)
+    return f"{USAGE}{chr(10).join(lines)}\n\n{EXAMPLES}{examples}"
