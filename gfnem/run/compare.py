@@ -19,6 +19,7 @@ from gfnem.errors import UserError
 from gfnem.run.checkpoint import atomic_write
 from gfnem.run.finished import FinishedRun, finished_runs
 from gfnem.run.paired import Differences
+from gfnem.run.patterns import patterns_for
 from gfnem.run.settings import differences, settings_of
 from gfnem.run.tracking import FilesTracker, Tracker, id_file
 
@@ -28,19 +29,6 @@ if TYPE_CHECKING:
 
 METRICS = ("test/*", "train/m_steps", "time/seconds")
 """What is compared by default, of what all runs have."""
-
-DETAILS = ("*_low", "*_high", "*_over_right")
-"""What is compared only where it is asked for."""
-
-CURVES = (
-    "valid/*nll*",
-    "valid/elbo",
-    "valid/*sentence_f1*",
-    "valid/*gap*",
-    "valid/*distinct*",
-    "valid/*right*edge*",
-)
-"""What is drawn by default: of each pattern the first of the metrics that most settings have."""
 
 Result = tuple[float, float]
 """Mean and standard deviation (n - 1) over seeds, NaN for one seed."""
@@ -167,7 +155,7 @@ class Comparison:
         runs = [run for row in self.rows for run in row]
         if patterns is None:
             shared = (n for n in runs[0].numbers if all(n in run.numbers for run in runs))
-            details = set(_matching(runs[0].numbers, DETAILS))
+            details = set(_matching(runs[0].numbers, _patterns(runs, "details")))
             self.metrics = [n for n in _matching(shared, METRICS) if n not in details]
             self.curves = self._usual_curves()
         else:
@@ -321,8 +309,9 @@ class Comparison:
     def _usual_curves(self) -> list[str]:
         runs = [run for row in self.rows for run in row]
         names = dict.fromkeys(name for run in runs for line in run.lines for name in line)
-        found = (_matching(names, (pattern,)) for pattern in CURVES)
-        return [max(some, key=self._rows_with_curve) for some in found if some]
+        found = (_matching(names, (pattern,)) for pattern in _patterns(runs, "curves"))
+        chosen = (max(some, key=self._rows_with_curve) for some in found if some)
+        return list(dict.fromkeys(chosen))
 
     def _rows_with_curve(self, name: str) -> int:
         return sum(any(name in line for run in row for line in run.lines) for row in self.rows)
@@ -348,6 +337,11 @@ def _one_of_each_seed(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
                 file=sys.stderr,
             )
     return list(kept.values())
+
+
+def _patterns(runs: Sequence[FinishedRun], purpose: str) -> list[str]:
+    """Those of all runs; see `patterns_for`."""
+    return list(dict.fromkeys(p for run in runs for p in patterns_for(run.config, purpose)))
 
 
 def _matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:

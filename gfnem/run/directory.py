@@ -15,6 +15,7 @@ import yaml
 
 from gfnem.errors import UserError
 from gfnem.run.checkpoint import atomic_write, load_state, save_state
+from gfnem.run.patterns import patterns_for
 from gfnem.run.progress import Progress
 from gfnem.run.tracking import FilesTracker, Status, Tracker
 
@@ -53,7 +54,7 @@ class Run:
     def __init__(self, path: Path, config: Mapping[str, Any], tracker: Tracker) -> None:
         self.path = path
         self.config = config
-        self.progress = Progress()
+        self.progress = Progress(patterns_for(config, "console"))
         self._tracker = tracker
         self.lines = _complete(self._metrics_file.read_bytes()).count(b"\n")
         tracker.start(path, config)
@@ -66,7 +67,8 @@ class Run:
 
         Args:
             path: the directory; made with its parents when missing.
-            config: the resolved configuration, as plain containers or as YAML.
+            config: the resolved configuration, as plain containers or as YAML. Its `patterns`
+                say which metrics are told of where.
             tracker: who is told of the run beside the files; nobody by default.
 
         Raises:

@@ -30,7 +30,7 @@ class Scored:
 
 
 Scores = Mapping[str, Scored]
-"""Scores by the name of the metric that is their mean: test/sentence_f1."""
+"""Scores by the name of the metric that is their mean, test/..."""
 
 
 @dataclass(frozen=True)

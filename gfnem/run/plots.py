@@ -22,18 +22,6 @@ from matplotlib.ticker import MaxNLocator
 if TYPE_CHECKING:
     from torch import Tensor
 
-PANELS: Mapping[str, Sequence[str]] = {
-    "E-step loss": ("train/e_loss*", "schedule/*"),
-    "M-step loss": ("train/m_loss*",),
-    "Negative log-likelihood (nats)": ("*/*nll*",),
-    "Sentence F1": ("*/*sentence_f1*",),
-    "Corpus F1": ("*/*corpus_f1*",),
-    "Posterior gap (nats)": ("*/*gap*",),
-    "Distinct latents": ("*/*distinct*",),
-    "Spans ending at the right edge": ("*/*right*edge*",),
-}
-"""Panel title -> patterns of the metrics that it shows."""
-
 INK, PALE, BLUE = "#222222", "#858585", "#1f6fb4"
 _COLORS = (BLUE, "#d1601f", "#3a8f4d", "#8d5fb0", "#b5892b", "#5b6770")
 _STYLES = ("-", "--", ":", "-.")
@@ -42,7 +30,7 @@ _SMOOTHED_FROM = 60  # points; a curve of more is drawn pale, with its running m
 
 def learning_curves(
     metrics: Sequence[Mapping[str, float]],
-    panels: Mapping[str, Sequence[str]] = PANELS,
+    panels: Mapping[str, Sequence[str]],
     step: str = "train/m_steps",
 ) -> Figure:
     """Draw the metrics of a run over its M-steps, one panel for each kind of metric.

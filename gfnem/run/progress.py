@@ -9,11 +9,11 @@ from fnmatch import fnmatchcase
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
+from gfnem.run.patterns import USUAL
+
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.live import Live
-
-SHOWN = ("train/e_loss", "train/m_loss", "*gap*", "valid/*nll*", "valid/*f1*")
 
 
 class Progress:
@@ -34,7 +34,7 @@ class Progress:
         file: where to write; standard output when None.
     """
 
-    def __init__(self, shown: Sequence[str] = SHOWN, file: TextIO | None = None) -> None:
+    def __init__(self, shown: Sequence[str] = USUAL["console"], file: TextIO | None = None) -> None:
         self._shown = shown
         self._file = file
         self._live: Live | None = None

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from gfnem.errors import UserError
+from gfnem.run.patterns import patterns_for
 
 if TYPE_CHECKING:
     import wandb
@@ -76,8 +78,9 @@ class WandbTracker:
     `wandb sync`. A run that is resumed goes on under the id kept in `wandb/run-id.txt`. Nothing
     is asked on the console and nothing but those warnings is printed.
 
-    Curves run over `train/m_steps`; the summary keeps the lowest `nll` and the highest `f1` of
-    each curve, and the run's final numbers under `final/`. A curve's step in wandb's own count is
+    Curves run over `train/m_steps`; the summary keeps the lowest `nll` of each curve, the highest
+    value of those that the configuration's `patterns.highest` names, and the run's final numbers
+    under `final/`. A curve's step in wandb's own count is
     the line of `metrics.jsonl`, so that a resumed run goes on where it was.
 
     Args:
@@ -114,6 +117,7 @@ class WandbTracker:
             given = "tracker.mode" if mode else "WANDB_MODE"
             raise UserError(f"{given}={self.mode} is unknown: choose one of {', '.join(_MODES)}")
         self._run: wandb.Run | None = None
+        self._highest: Sequence[str] = ()
         self._defined: set[str] = set()
         self._step = 0
 
@@ -125,6 +129,7 @@ class WandbTracker:
         """
         if self.mode == "disabled":
             return
+        self._highest = patterns_for(config, "highest")
         try:
             import wandb
         except ImportError:
@@ -216,7 +221,8 @@ class WandbTracker:
         if key == "train/m_steps":
             self._tell(lambda run: run.define_metric(key))
             return
-        summary = "min" if "nll" in key else "max" if "f1" in key else None
+        rises = any(fnmatchcase(key, pattern) for pattern in self._highest)
+        summary = "min" if "nll" in key else "max" if rises else None
         self._tell(lambda run: run.define_metric(key, step_metric="train/m_steps", summary=summary))
 
     def _tell(self, call: Callable[[wandb.Run], Any]) -> None:

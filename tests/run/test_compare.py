@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -532,6 +533,22 @@ class TestCurves:
         exact = run(8, "valid/nll", "valid/iw_nll", "valid/posterior_gap", "valid/perplexity")
         bound = run(16, "valid/iw_nll")
         assert Comparison([exact, bound]).curves == ["valid/iw_nll", "valid/posterior_gap"]
+
+    def test_what_runs_say_of_their_metrics(self) -> None:
+        def run(width: int, **patterns: list[str]) -> FinishedRun:
+            config = changed(model__width=width) | {"patterns": patterns}
+            return replace(
+                finished(config, 1.0, test__f1=2.0, test__f1_low=1.0, test__f1_over=0.5),
+                lines=[{"train/m_steps": 1, "valid/nll": 1.0, "valid/elbo": 1.0, "valid/f1": 1.0}],
+            )
+
+        said = run(8, curves=["valid/*f1", "valid/nll"], details=["*_over", "*_low"])
+        one, both = Comparison([said]), Comparison([said, run(16)])
+        assert one.curves == ["valid/f1", "valid/nll"]
+        assert both.curves == ["valid/f1", "valid/nll", "valid/elbo"]
+        usual = ["test/nll", "test/f1", "train/m_steps", "time/seconds"]
+        assert one.metrics == both.metrics == usual
+        assert list(both.settings) == ["width"]
 
     def test_posteriors_of_a_fixed_model_over_e_steps(self) -> None:
         lines = [{"train/m_steps": 0, "train/e_steps": e, "valid/nll": 1.0} for e in (1, 5)]

@@ -41,7 +41,13 @@ def test_one_panel_per_kind_of_metric_that_is_there() -> None:
         {"train/m_steps": 10, "train/e_loss": math.nan, "valid/nll_per_token": 5.5},
         {"train/m_steps": 20, "train/e_loss": 3.0, "other/thing": 1.0, "valid/f1": math.nan},
     ]
-    figure = learning_curves(metrics)
+    panels = {
+        "E-step loss": ("train/e_loss*", "schedule/*"),
+        "M-step loss": ("train/m_loss*",),
+        "Negative log-likelihood (nats)": ("*/*nll*",),
+        "F1": ("valid/f1",),
+    }
+    figure = learning_curves(metrics, panels)
     assert [axes.get_title(loc="left") for axes in figure.axes] == [
         "E-step loss",
         "Negative log-likelihood (nats)",
@@ -66,7 +72,7 @@ def test_long_curves_get_their_running_mean() -> None:
 def test_wide_ranges_are_drawn_on_a_log_scale() -> None:
     def scale(*values: float) -> str:
         metrics = [{"train/m_steps": i, "train/e_loss": value} for i, value in enumerate(values)]
-        return learning_curves(metrics).axes[0].get_yscale()
+        return learning_curves(metrics, {"Loss": ("train/e_loss",)}).axes[0].get_yscale()
 
     assert scale(1.0, 100.0) == "log"
     assert scale(1.0, 10.0) == "linear"
@@ -74,7 +80,7 @@ def test_wide_ranges_are_drawn_on_a_log_scale() -> None:
 
 
 def test_no_metrics_no_panel() -> None:
-    assert learning_curves([]).axes == []
+    assert learning_curves([], {"Loss": ("train/e_loss",)}).axes == []
 
 
 def test_bars_are_as_long_as_the_scores() -> None:

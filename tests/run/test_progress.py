@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import re
 import time
+from pathlib import Path
 
 import pytest
 
-from gfnem.run import Progress
+from gfnem.errors import UserError
+from gfnem.run import Progress, Run
 
 
 class Terminal(io.StringIO):
@@ -39,8 +41,7 @@ def test_plain_line_per_logging_step(clock: list[float]) -> None:
             "train/m_loss": 40.1,
             "train/gap": 0.01234,
             "valid/nll_per_token": 5.634,
-            "valid/sentence_f1": 27.2,
-            "valid/corpus_f1": 26.9,
+            "valid/perplexity": 279.8,
         },
     )
     progress.note("checkpoint written")
@@ -51,10 +52,10 @@ def test_plain_line_per_logging_step(clock: list[float]) -> None:
     assert output.getvalue().splitlines() == [
         "m-step 200/1500  e_loss 3.00  -- it/s  eta --:--",
         "m-step 300/1500  e_loss 1.20  m_loss 40.10  gap 0.0123  valid/nll_per_token 5.63  "
-        "valid/sentence_f1 27.20  2.00 it/s  eta 10:00",
+        "2.00 it/s  eta 10:00",
         "checkpoint written",
         "m-step 1500/1500  e_loss 1.10  m_loss 40.10  gap 0.0123  valid/nll_per_token 5.63  "
-        "valid/sentence_f1 27.20  13.00 it/s  eta 00:00",
+        "13.00 it/s  eta 00:00",
     ]
 
 
@@ -105,3 +106,12 @@ def test_counts_other_things(capsys: pytest.CaptureFixture[str]) -> None:
     progress.start(total=300, unit="second")
     progress.update(12, {"train/e_loss": 1.0})
     assert capsys.readouterr().out.startswith("second 12/300  e_loss 1.00  ")
+
+
+def test_a_run_says_what_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run.create(tmp_path, {"patterns": {"console": ["valid/*f1"]}})
+    run.progress.start(total=2)
+    run.progress.update(0, {"train/e_loss": 1.0, "valid/sentence_f1": 27.2, "valid/corpus_f1": 1.0})
+    assert "m-step 0/2  valid/sentence_f1 27.20  --" in capsys.readouterr().out
+    with pytest.raises(UserError, match="patterns.console is valid/; it must be a list"):
+        Run.create(tmp_path / "other", {"patterns": {"console": "valid/"}})

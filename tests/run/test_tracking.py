@@ -41,6 +41,7 @@ def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
 def log(run: Run, *steps: int) -> None:
     for step in steps:
         metrics = {"train/e_loss": 1 / step, "valid/nll_per_token": abs(step - 2.5)}
+        metrics["valid/score"] = step
         run.log(metrics, {"train/m_steps": step})
 
 
@@ -85,7 +86,7 @@ def test_offline_run_holds_everything_and_is_resumed_under_its_id(
     def tracker() -> WandbTracker:
         return WandbTracker("project", group="seeds", job_type="train", tags=("small",))
 
-    run = Run.create(tmp_path / "run", {"seed": 1}, tracker())
+    run = Run.create(tmp_path / "run", {"seed": 1, "patterns": {"highest": ["*score"]}}, tracker())
     log(run, 1, 2)
     run.add_figure("trees", Figure(figsize=(1, 1)))
     run.add_table("parses", ["sentence", "score"], [["a b", 1.5], ["c d", "none"]])
@@ -126,8 +127,10 @@ def test_offline_run_holds_everything_and_is_resumed_under_its_id(
         "train/m_steps": "",
         "train/e_loss": "train/m_steps",
         "valid/nll_per_token": "train/m_steps",
+        "valid/score": "train/m_steps",
     }
     assert {m.name for m in defined if m.summary.min} == {"valid/nll_per_token"}
+    assert {m.name for m in defined if m.summary.max} == {"valid/score"}
     final = [
         (update.key, update.value_json)
         for r in records(first)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from gfnem.model import LatentVariableModel
 from gfnem.posterior import Posterior
@@ -13,6 +13,18 @@ from gfnem.tasks.grammar.scores import SentenceScores
 from gfnem.tasks.grammar.text.corpus import Corpus
 from gfnem.tasks.grammar.trees.drawing import draw_trees
 from gfnem.training.parts import Metrics
+
+PANELS: Mapping[str, Sequence[str]] = {
+    "E-step loss": ("train/e_loss*", "schedule/*"),
+    "M-step loss": ("train/m_loss*",),
+    "Negative log-likelihood (nats)": ("*/*nll*",),
+    "Sentence F1": ("*/*sentence_f1*",),
+    "Corpus F1": ("*/*corpus_f1*",),
+    "Posterior gap (nats)": ("*/*gap*",),
+    "Distinct latents": ("*/*distinct*",),
+    "Spans ending at the right edge": ("*/*right*edge*",),
+}
+"""Panels of a run's learning curves -> patterns of the metrics in them."""
 
 # The sentences that are shown: enough words to have structure, few enough to be drawn.
 SHOWN, SHOWN_LENGTHS = 6, range(5, 16)
@@ -30,7 +42,7 @@ BASELINES = {"left": "left-branching", "right": "right-branching", "random": "ra
 
 def add_curves(run: Run) -> None:
     """Add the learning curves."""
-    run.add_figure("learning_curves", learning_curves(run.metrics()))
+    run.add_figure("learning_curves", learning_curves(run.metrics(), PANELS))
 
 
 def add_parses(
