@@ -14,15 +14,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from gfnem.config import PARTS
+from gfnem.config import PARTS, model_parts
 from gfnem.em import EM
 from gfnem.errors import UserError
 from gfnem.memory import keep_freed_memory
 from gfnem.run import Run
+from gfnem.run.patterns import USUAL, patterns_for
 from gfnem.signatures import annotations_of, described, fits
 
-# The parts that a model and a posterior may take beside their own options.
-MODEL_PARTS = ("tree_prior",)
+# The parts that a posterior may take beside its own options; a model's are the task's.
 POSTERIOR_PARTS = ("policy", "objective", "local_search", "refinement")
 
 
@@ -46,7 +46,7 @@ def build(config: DictConfig) -> Built:
     """
     resolved, data = load_data(config)
     device = set_up(resolved["seed"], resolved["threads"], resolved["device"])
-    model = _make_for(data, resolved["model"], **_parts(data, resolved, MODEL_PARTS))
+    model = _make_for(data, resolved["model"], **_parts(data, resolved, resolved["model_parts"]))
     if resolved["model_from"] is not None:
         _begin_with(model, resolved["model_from"])
     posterior = make(resolved["posterior"], **_parts(data, resolved, POSTERIOR_PARTS))
@@ -167,14 +167,16 @@ def _check(resolved: dict[str, Any], raw: dict[str, Any]) -> None:
     for name, annotation in direct.items():
         _check_given(resolved.get(name), name)
         _check_type(resolved.get(name), annotation, name)
-    for part in PARTS:
+    for purpose in USUAL:
+        patterns_for(resolved, purpose)
+    for part in (*PARTS, *model_parts(resolved)):
         options = resolved.get(part)
         if options is None:
             continue
         if not isinstance(options, dict):
             raise UserError(f"{part}={options}: only options of it can be set, {part}.KEY=VALUE")
         _check_options(options, raw[part], part)
-    for whole, parts in (("model", MODEL_PARTS), ("posterior", POSTERIOR_PARTS)):
+    for whole, parts in (("model", resolved["model_parts"]), ("posterior", POSTERIOR_PARTS)):
         target = resolved[whole]["_target_"]
         taken = annotations_of(get_object(target))
         taker = target.rpartition(".")[-1]

@@ -36,13 +36,14 @@ KEPT = (
     "latent",
     "sizes",
     "model",
-    "tree_prior",
+    "model_parts",
     "policy",
     "warm_start",
     "optimizer",
     "schedule",
     "em.warmup",
     "em.average",
+    "patterns",
 )
 # Options of the stored configuration that mean something to a verb that reads a run.
 EVALUATE_TAKES = ("data", "device", "threads", "evaluator")
@@ -174,9 +175,10 @@ def _resume(directory: Path, overrides: list[str], print_config: bool) -> int:
 
     stored = Run.open(directory)
     from gfnem.build import build, load_data, make
-    from gfnem.config import compose_stored
+    from gfnem.config import compose_stored, model_parts
 
-    _refuse(overrides, lambda key: _is_under(key, KEPT), "a resumed run keeps what it began with")
+    kept = (*KEPT, *model_parts(stored.config))
+    _refuse(overrides, lambda key: _is_under(key, kept), "a resumed run keeps what it began with")
     config = compose_stored(directory, overrides)
     if print_config:
         return _print_config(load_data(config)[0])

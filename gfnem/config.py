@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -13,17 +14,16 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gfnem.errors import UserError
 from gfnem.help import config_folder, groups_in
 
-# What a run is made of; each part is a mapping with a `_target_`, or null.
+# What every run is made of; each part is a mapping with a `_target_`, or null.
 PARTS = (
     "data",
     "model",
-    "tree_prior",
     "policy",
     "objective",
     "local_search",
@@ -36,6 +36,19 @@ PARTS = (
     "evaluator",
     "tracker",
 )
+
+
+def model_parts(config: Mapping[Any, Any]) -> list[str]:
+    """What a run has beside PARTS: groups that its task's models take beside their own options.
+
+    Raises UserError for a configuration that does not list them.
+    """
+    named = config.get("model_parts")
+    if not isinstance(named, (list, ListConfig)) or not all(isinstance(n, str) for n in named):
+        raise UserError(
+            f"model_parts is {named}; it must be a list of groups, which older runs do not have"
+        )
+    return list(named)
 
 
 def compose(overrides: Sequence[str], folder: Path | None = None) -> DictConfig:
@@ -70,11 +83,20 @@ def compose_stored(run: Path, overrides: Sequence[str]) -> DictConfig:
     for override in overrides:
         _check(_parsed(override), override, {})
     config = _compose(run.resolve(), overrides)
-    # The run's checkpoints hold all parameters.
+    # The run's checkpoints hold all parameters, those that came from other runs too.
     config.model_from = None
-    if OmegaConf.select(config, "tree_prior.energy.run") is not None:
-        config.tree_prior.energy.run = None
+    for part in model_parts(config):
+        _leave_out_runs(config.get(part))
     return config
+
+
+def _leave_out_runs(options: Any) -> None:
+    """Set every `run`, the directory of another run, to null."""
+    if isinstance(options, DictConfig):
+        for name, value in options.items():
+            if name == "run":
+                options.run = None
+            _leave_out_runs(value)
 
 
 def combinations(overrides: Sequence[str], folder: Path | None = None) -> list[list[str]]:
@@ -153,13 +175,17 @@ def _drop_parts_not_chosen(config: DictConfig, overrides: Sequence[str]) -> None
 
     Raises UserError for overrides that do, and for a posterior that the task does not have.
     """
+    parts = [*PARTS, *model_parts(config)]
     if config.get("posterior") is None:
         raise UserError(f"task={config.task} has no such posterior: choose another one")
     for override in overrides:
+        added = _parsed(override)
+        if added.is_add() and added.key_or_group.partition(".")[0] not in parts:
+            raise UserError(f"{override}: only options of {', '.join(parts)} can be added")
         part, _, choice = override.partition("=")
-        if part in PARTS and choice not in ("null", "none") and config.get(part) is None:
+        if part in parts and choice not in ("null", "none") and config.get(part) is None:
             raise UserError(f"{override} has no effect: this run has no {part}")
-    for part in PARTS:
+    for part in parts:
         options = config.get(part)
         if not isinstance(options, DictConfig) or part == "optimizer" or "_target_" in options:
             continue
@@ -203,8 +229,6 @@ def _check(override: Override, text: str, groups: dict[str, dict[str, str]]) -> 
         raise UserError(f"{text}: options can be changed, not removed")
     if override.is_sweep_override():
         raise UserError(f"{text}: several values need --multirun, text with a comma needs quotes")
-    if override.is_add() and key.partition(".")[0] not in PARTS:
-        raise UserError(f"{text}: only options of {', '.join(PARTS)} can be added")
     if key in groups and str(override.value()) not in groups[key]:
         raise UserError(f"{text}: {key} is one of {', '.join(groups[key])}")
 

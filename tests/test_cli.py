@@ -453,6 +453,18 @@ class TestEnsemble:
             assert message in failing(["evaluate", f"run=[{trained},{name}]"], capsys)
 
 
+def test_a_run_of_an_older_version_is_refused(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained, "older")
+    config = yaml.safe_load(Path("older", "config.yaml").read_text())
+    del config["model_parts"], config["patterns"]
+    Path("older", "config.yaml").write_text(yaml.safe_dump(config))
+    for arguments in (["evaluate", "run=older"], ["resume=older"]):
+        assert "model_parts is None; it must be a list of groups" in failing(arguments, capsys)
+    assert main(["compare", "older", str(trained)]) == 0
+
+
 class TestGenerate:
     def test_draws_sentences_with_their_trees(
         self, trained: Path, capsys: pytest.CaptureFixture[str]
@@ -694,7 +706,7 @@ MISTAKES = [
     (["posterior=mcmc", "posterior.burn_in=-1"], "posterior.burn_in is -1; it must not be"),
     (["posterior=importance", "posterior.proposals=0"], "posterior.proposals is 0; it must be"),
     (["posterior=mcmc", "policy=light"], "policy has no effect with MCMC"),
-    (["task=discrete_vae", "tree_prior=depth"], "tree_prior has no effect with DiscreteVAE"),
+    (["task=discrete_vae", "tree_prior=depth"], "tree_prior is no option of this"),
     (["tree_prior.strength=2"], "tree_prior.strength is no option of this configuration"),
     (["tree_prior=learned"], "tree_prior.energy.run is missing: give it with"),
     (["tree_prior=learned", "tree_prior.energy.run=no"], "run directory no does not exist"),
@@ -709,6 +721,9 @@ MISTAKES = [
         "a sleep phase needs a model that is normalised; this NeuralPCFG is not, because it has a "
         "tree_prior: leave that out, or set sleep to 0",
     ),
+    (["+task.typo=1"], "+task.typo=1: only options of data, model"),
+    (["model_parts=3"], "model_parts is 3; it must be a list of groups"),
+    (["patterns.console=loss"], "patterns.console is loss; it must be a list of patterns"),
     (["task=tree_prior"], "GFlowNetPosterior needs a policy: give one"),
     (["resume=nosuch", "-m"], "resume=DIR goes with neither --multirun nor --config-dir"),
 ]
@@ -749,6 +764,9 @@ def test_nothing_is_accepted_and_ignored(
 MISTAKES_WITH_A_RUN = [
     (["resume=RUN", "seed=3"], "seed=3: a resumed run keeps what it began with"),
     (["resume=RUN", "optimizer.model.lr=0.1"], "a resumed run keeps what it began with"),
+    (["resume=RUN", "tree_prior=depth"], "a resumed run keeps what it began with"),
+    (["resume=RUN", "tree_prior.strength=2"], "a resumed run keeps what it began with"),
+    (["resume=RUN", "patterns.highest=[]"], "a resumed run keeps what it began with"),
     (["resume=RUN", "em.typo=1"], "em.typo is no option of this configuration"),
     (["resume=RUN", "tracker=wandb"], "tracker=wandb: only options of it can be set"),
     (["resume=RUN", "data.max_length=7"], "the data is not what the run began with"),

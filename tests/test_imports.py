@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -36,6 +37,14 @@ def test_no_circles(root: Path) -> None:
         list(TopologicalSorter(imports).static_order())
     except CycleError as error:
         pytest.fail(f"a circle of imports: {' -> '.join(error.args[1])}")
+
+
+def test_what_belongs_to_a_task_is_named_in_tasks_alone(root: Path) -> None:
+    folder = root / "gfnem"
+    files = [file for file in folder.rglob("*.py") if folder / "tasks" not in file.parents]
+    named = re.compile(r"tree_prior|f1(?!\d)")
+    assert len(files) > 40
+    assert [str(file) for file in files if named.search(file.read_text().lower())] == []
 
 
 def test_circles_are_seen(tmp_path: Path) -> None:
