@@ -132,7 +132,7 @@ class ChartPolicy(NumberedPolicy):
             symbol_dropout,
         )
         self.last_condition: ChartCondition | None = None
-        self._envs: dict[tuple[int, str], SequenceEnv] = {}
+        self._envs: dict[tuple[int, str], ChartEnv] = {}
 
     def check(self, model: LatentVariableModel) -> None:
         if not isinstance(model, ParsingModel | AnnotatedModel):
@@ -354,9 +354,10 @@ class ChartPolicy(NumberedPolicy):
         model_log_joint = log_grammar + condition.model.log_prior_weight(z)
         log_joint = model_log_joint.detach()
         leave = torch.zeros_like(forward[:1])
-        backward = torch.zeros(len(forward) + 1, batch, samples, device=forward.device)
-        backward = backward.to(forward.dtype)
-        backward[-2] = labelled - log_grammar.detach()
+        # The last choice of each sentence forgets the labels.
+        step = torch.arange(len(forward) + 1, device=forward.device)
+        last = step[:, None] == condition.lengths - 1
+        backward = torch.where(last[..., None], labelled - log_grammar.detach(), 0.0)
         return Paths(
             z=z,
             log_joint=log_joint,
@@ -467,8 +468,10 @@ class ChartPolicy(NumberedPolicy):
             value.repeat_interleave(samples)[None]
             for value in (log_z, condition.potentials.total_log_scale)
         )
-        partial = torch.cat([words, split[:-1] + fixed.flatten(), log_joint.flatten()[None]])
-        return torch.cat([log_z, learned]), partial
+        partial = torch.cat([words, split + fixed.flatten()])
+        made = torch.arange(len(partial), device=rank.device)[:, None]
+        complete = made >= condition.lengths.repeat_interleave(samples)
+        return torch.cat([log_z, learned]), torch.where(complete, log_joint.flatten(), partial)
 
     @torch.no_grad()
     def _count(self, trees: Trees) -> None:
@@ -482,15 +485,15 @@ class ChartPolicy(NumberedPolicy):
 
     def trajectories(self, condition: ChartCondition, paths: Paths) -> ScoredTrajectories:
         choices = paths.record
-        return trajectories_of_choices(
-            self._env(choices.shape[1], choices.device), choices, choices.t(), paths
-        )
+        env = self._env(choices.shape[1], choices.device)
+        count = condition.lengths.repeat_interleave(paths.z.start.shape[1])
+        return trajectories_of_choices(env, choices, choices.t(), paths, count)
 
-    def _env(self, steps: int, device: torch.device) -> SequenceEnv:
+    def _env(self, steps: int, device: torch.device) -> ChartEnv:
         key = steps, str(device)
         if key not in self._envs:
             choices = max(steps - 1, 1) * self.nonterminals**2
-            self._envs[key] = SequenceEnv(steps, choices, device)
+            self._envs[key] = ChartEnv(steps, choices, device)
         return self._envs[key]
 
     def estimators(self) -> tuple[ChartEstimator, ChartEstimator]:
@@ -500,6 +503,17 @@ class ChartPolicy(NumberedPolicy):
         return list(self.encoder.flow.parameters())
 
 
+class ChartEnv(SequenceEnv):
+    """As many choices as a sentence has words: its root's label and a split for each node.
+
+    `conditions` are the row of the sentence in its batch and its number of words.
+    """
+
+    def choices_due(self, states: DiscreteStates) -> int | Tensor:
+        conditions = states.conditions
+        return self.steps if conditions is None else conditions[..., 1].long()
+
+
 class ChartEstimator(PolicyEstimator):
     """P_F or P_B of labelled trees at given states.
 
@@ -507,7 +521,7 @@ class ChartEstimator(PolicyEstimator):
     """
 
     def forward(
-        self, states: DiscreteStates, conditions: Float[Tensor, "*batch 1"]
+        self, states: DiscreteStates, conditions: Float[Tensor, "*batch 2"]
     ) -> Float[Tensor, "*batch actions"]:
         policy: ChartPolicy = self.policy
         condition = self.condition
@@ -518,7 +532,7 @@ class ChartEstimator(PolicyEstimator):
         choices = states.tensor.reshape(len(sentence), -1)
         spans = self._next(choices, sentence, condition.lengths)
         logits = condition.potentials.root.new_full((len(sentence), actions), -torch.inf)
-        # Where there is nothing to choose: two words, or behind a shorter sentence's nodes.
+        # Where there is nothing to choose: two words, or a complete tree, which is left.
         logits[:, 0] = logits[:, -1] = 0.0
         begins = choices[:, 0] < 0
         logits[begins, : policy.nonterminals] = condition.root_logits()[sentence[begins]]

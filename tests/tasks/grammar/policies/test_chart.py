@@ -334,6 +334,22 @@ def test_torchgfn_recomputes_the_same_scores(name):
         torch.testing.assert_close(one, other.view_as(one))
 
 
+def test_torchgfn_trajectories_are_steps_of_the_environment():
+    policy, x = make_policy("labelled", "relaxation"), sentences([5, 3, 2])
+    condition = policy.condition(ncfg("labelled"), x)
+    trajectories = policy.trajectories(condition, policy.sample(condition, 4))
+    env = trajectories.env
+    env.debug = True
+    assert trajectories.states.is_initial_state[0].all()
+    assert trajectories.states.is_sink_state[-1].all()
+    for step in range(trajectories.max_length):
+        # Sentences whose trees are complete have left.
+        live = ~trajectories.actions.is_dummy[step]
+        assert torch.equal(live, step <= x.lengths.repeat_interleave(4))
+        reached = env._step(trajectories.states[step][live], trajectories.actions[step][live])
+        assert torch.equal(reached.tensor, trajectories.states[step + 1].tensor[live])
+
+
 def test_torchgfn_s_sampler_draws_from_the_policy():
     model, policy = ncfg("labelled"), make_policy("labelled", "relaxation", noise=0.5)
     x = sentences([4, 3])
@@ -342,11 +358,15 @@ def test_torchgfn_s_sampler_draws_from_the_policy():
     paths = policy.retrace(condition, trees)
     env = policy.trajectories(condition, paths).env
     rows = torch.arange(2).repeat_interleave(4_000)
-    start = env.reset(batch_shape=(len(rows),), conditions=rows[:, None].double())
+    conditions = torch.stack([rows, x.lengths[rows]], -1).double()
+    start = env.reset(batch_shape=(len(rows),), conditions=conditions)
     torch.manual_seed(0)
     forward, _ = policy.estimators()
     trajectories: Any = Sampler(forward).sample_trajectories(env, states=start)
-    choices = paths.record.unflatten(0, (2, -1)).tolist()
+    assert torch.equal(trajectories.terminating_idx, x.lengths[rows] + 1)
+    # Behind the shorter sentence's nodes no choice is made.
+    none = torch.arange(4) >= x.lengths[:, None, None]
+    choices = paths.record.unflatten(0, (2, -1)).masked_fill(none, -1).tolist()
     q = paths.log_forward.sum(0).exp().tolist()
     for row in range(2):
         ends = trajectories.terminating_states.tensor[rows == row].tolist()
