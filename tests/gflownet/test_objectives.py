@@ -30,11 +30,13 @@ from gfnem.tasks.grammar.policies.forest import ForestPolicy
 from gfnem.tasks.grammar.policies.merges import ForestCondition
 from gfnem.tasks.grammar.text.corpus import Sentences
 from gfnem.tasks.grammar.trees.tree import Trees
+from tests.tasks.discrete_vae import tiny as tiny_images
 from tests.tasks.grammar import oracle
 from tests.tasks.grammar.tiny import (
     BACKWARDS,
     LATENTS,
     POLICIES,
+    PRETERMINALS,
     FixedPCFG,
     StateGraph,
     enumerate_trees,
@@ -44,6 +46,7 @@ from tests.tasks.grammar.tiny import (
     sentences,
     words_of,
 )
+from tests.tasks.mixture import tiny as tiny_mixture
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -266,7 +269,7 @@ def grammar_policy(kind: str, latent: Any) -> Any:
     if kind != "chart":
         return make_policy(kind, latent, nonterminals=2)
     torch.manual_seed(0)
-    policy = ChartPolicy(2, 3, 8, latent, width=8)
+    policy = ChartPolicy(2, PRETERMINALS, 8, latent, width=8)
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
@@ -397,6 +400,37 @@ def test_scores_come_with_the_trajectories_unless_recomputed(objective, monkeypa
     for estimator in setting.estimators:
         monkeypatch.setattr(type(estimator), "forward", never)
     assert setting.loss(objective, setting.paths) == pytest.approx(given)
+
+
+@pytest.mark.parametrize("objective", [vargrad, tb, subtb, db, fl_db, reverse_kl, forward_kl])
+@pytest.mark.parametrize(
+    "kind, latent",
+    [(kind, latent) for kind in (*POLICIES, "chart") for latent in LATENTS]
+    + [("grid", None), ("mixture", None)],
+)
+def test_recomputed_losses_are_those_of_stored_scores(kind, latent, objective):
+    if kind in ("grid", "mixture"):
+        tiny: Any = tiny_images if kind == "grid" else tiny_mixture
+        x = tiny_images.images(3) if kind == "grid" else tiny_mixture.points(3)
+        policy, model = tiny.make_policy(), tiny.make_model()
+    else:
+        x = sentences(LENGTHS)
+        policy, model = grammar_policy(kind, latent), FixedPCFG(GRAMMAR, latent)
+    condition = policy.condition(model, x)
+    paths = policy.sample(condition, 5)
+    trajectories = policy.trajectories(condition, paths)
+    stored, recomputed = (
+        objective(*policy.estimators())
+        .loss(
+            trajectories.env,
+            trajectories,
+            recalculate_all_logprobs=again,
+            log_rewards=paths.log_joint.flatten(),
+        )
+        .item()
+        for again in (False, True)
+    )
+    assert recomputed == pytest.approx(stored, rel=1e-9)
 
 
 @pytest.mark.parametrize("objective", [vargrad, tb, reverse_kl, forward_kl])

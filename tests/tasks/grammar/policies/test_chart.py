@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from gfn.samplers import Sampler
-from torch import Tensor
+from gfn.utils.prob_calculations import get_trajectory_pfs_and_pbs
 
 from gfnem.em import EM
 from gfnem.errors import UserError
@@ -34,6 +34,7 @@ from tests.tasks.grammar.tiny import (
     FixedNCFG,
     FixedPCFG,
     count_trees,
+    every_shape,
     float64,  # noqa: F401
     p_value,
     sentences,
@@ -319,19 +320,38 @@ def test_regrown_trees_keep_the_choices_before_they_part():
         assert (depth == 1) or not torch.equal(old.record, new.record)
 
 
-@pytest.mark.parametrize("name", ["vargrad", "subtb"])
-def test_torchgfn_recomputes_the_same_scores(name):
-    model, policy = ncfg("labelled"), make_policy("labelled", "relaxation")
-    objective: Any = getattr(objectives, name)(*policy.estimators())
-    x = sentences([5, 3, 2])
-    condition = policy.condition(model, x)
-    paths = policy.sample(condition, 4)
-    trajectories = policy.trajectories(condition, paths)
-    ours = objective.get_pfs_and_pbs(trajectories)
-    theirs = objective.get_pfs_and_pbs(trajectories, recalculate_all_logprobs=True)
-    for one, other in zip(ours, theirs, strict=True):
-        assert isinstance(one, Tensor)
-        torch.testing.assert_close(one, other.view_as(one))
+@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize("latent", LATENTS)
+@pytest.mark.parametrize("make", [cfg, ncfg, low_rank_ncfg])
+def test_torchgfn_recomputes_the_same_probabilities_from_states_alone(make, latent, guide):
+    policy, x = make_policy(latent, guide), sentences([5, 3, 2])
+    condition = policy.condition(make(latent), x)
+    z = every_labelled(x) if latent == "labelled" else every_shape(x.lengths)
+    for paths in (
+        policy.sample(condition, 4),
+        policy.sample(condition, 4, Behaviour(epsilon=0.5)),
+        policy.retrace(condition, z),
+    ):
+        log_pf, log_pb = get_trajectory_pfs_and_pbs(
+            *policy.estimators(),
+            policy.trajectories(condition, paths),
+            recalculate_all_logprobs=True,
+        )
+        torch.testing.assert_close(log_pf, paths.log_forward.flatten(1))
+        torch.testing.assert_close(log_pb, paths.log_backward.flatten(1))
+
+
+@pytest.mark.parametrize("latent", LATENTS)
+def test_vargrad_of_recomputed_scores_is_zero_at_the_exact_posterior(latent):
+    policy, x = ChartPolicy(NONTERMINALS, 3, 8, latent, "exact"), sentences([5, 3, 2])
+    condition = policy.condition(ncfg(latent), x)
+    trajectories = policy.trajectories(condition, policy.sample(condition, 8))
+    pf, pb = policy.estimators()
+    for stored in (True, False):
+        loss = objectives.vargrad(pf, pb).loss(
+            trajectories.env, trajectories, recalculate_all_logprobs=not stored
+        )
+        assert loss.item() == pytest.approx(0, abs=1e-18)
 
 
 def test_torchgfn_trajectories_are_steps_of_the_environment():
