@@ -166,25 +166,35 @@ def trajectories_of_choices(
     choices: Int[Tensor, "rows steps"],
     actions: Int[Tensor, "steps rows"],
     paths: Paths,
+    count: Int[Tensor, "rows"] | None = None,
 ) -> ScoredTrajectories:
     """Paths that make one choice after the other, then exit, as torchgfn trajectories.
 
     A state holds the choices made, and -1 where there is none yet. The states' conditions are the
-    rows of the data points in their batch.
+    rows of the data points in their batch, and behind them `count` where it is given.
+
+    count: the choices of each row, the first of its `steps`; None for all of them.
     """
     steps = choices.shape[1]
-    step = torch.arange(steps + 2, device=choices.device)[:, None, None]
-    states = torch.where(torch.arange(steps, device=choices.device) < step, choices, -1)
-    states = torch.where(step > steps, env.sf, states)
-    leave = torch.full_like(actions[:1], env.n_actions - 1)
     batch, samples = paths.log_joint.shape
     point = torch.arange(batch, device=choices.device).repeat_interleave(samples)
-    conditions = point[:, None].to(torch.get_default_dtype())
+    conditions = [point] if count is None else [point, count]
+    if count is None:
+        count = torch.full_like(point, steps)
+    step = torch.arange(steps + 2, device=choices.device)[:, None]
+    made = torch.arange(steps, device=choices.device) < torch.minimum(step, count)[..., None]
+    states = torch.where(made, choices, -1)
+    states = torch.where((step > count)[..., None], env.sf, states)
+    leave = torch.full_like(actions[:1], env.n_actions - 1)
+    actions = torch.cat([actions, leave])
+    actions = torch.where(step[:-1] == count, leave, actions)
+    actions = torch.where(step[:-1] > count, env.dummy_action, actions)
+    condition = torch.stack(conditions, -1).to(torch.get_default_dtype())
     return ScoredTrajectories(
         env=env,
-        states=env.States(states, conditions=conditions.expand(len(states), -1, -1)),
-        actions=env.actions_from_tensor(torch.cat([actions, leave])[..., None]),
-        terminating_idx=torch.full_like(point, steps + 1),
+        states=env.States(states, conditions=condition.expand(len(states), -1, -1)),
+        actions=env.actions_from_tensor(actions[..., None]),
+        terminating_idx=count + 1,
         log_rewards=paths.log_joint.flatten(),
         log_probs=paths.log_forward.flatten(1),
         log_pb=paths.log_backward.flatten(1),

@@ -46,7 +46,7 @@ class SequenceEnv(DiscreteEnv):
                 return (self.tensor >= 0).sum(-1)
 
             def _compute_forward_masks(self) -> Tensor:
-                full = (self.filled() == env.steps)[..., None]
+                full = (self.filled() == env.choices_due(self))[..., None]
                 return torch.cat([(~full).expand(*full.shape[:-1], env.choices), full], -1)
 
             def _compute_backward_masks(self) -> Tensor:
@@ -61,6 +61,10 @@ class SequenceEnv(DiscreteEnv):
                 raise ValueError("states cannot be drawn without a policy; roll one out instead")
 
         return SequenceStates
+
+    def choices_due(self, states: DiscreteStates) -> int | Tensor:
+        """How many choices a complete state holds."""
+        return self.steps
 
     def step(self, states: DiscreteStates, actions: Actions) -> DiscreteStates:
         first_empty = (states.tensor >= 0).sum(-1, keepdim=True)

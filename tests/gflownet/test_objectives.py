@@ -25,21 +25,28 @@ from gfnem.gflownet.objectives import (
     weighted_sum,
 )
 from gfnem.gflownet.policy import Paths
+from gfnem.tasks.grammar.policies.chart import ChartPolicy
 from gfnem.tasks.grammar.policies.forest import ForestPolicy
 from gfnem.tasks.grammar.policies.merges import ForestCondition
 from gfnem.tasks.grammar.text.corpus import Sentences
+from gfnem.tasks.grammar.trees.tree import Trees
+from tests.tasks.discrete_vae import tiny as tiny_images
 from tests.tasks.grammar import oracle
 from tests.tasks.grammar.tiny import (
     BACKWARDS,
     LATENTS,
+    POLICIES,
+    PRETERMINALS,
     FixedPCFG,
     StateGraph,
     enumerate_trees,
     float64,  # noqa: F401
     make_policy,
+    only,
     sentences,
     words_of,
 )
+from tests.tasks.mixture import tiny as tiny_mixture
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -257,6 +264,55 @@ def test_detailed_balance_is_the_mean_over_all_transitions(objective):
     assert setting.loss(objective, paths) == pytest.approx(sum(squares) / len(squares))
 
 
+def grammar_policy(kind: str, latent: Any) -> Any:
+    """Of two nonterminals, with every parameter moved by random noise."""
+    if kind != "chart":
+        return make_policy(kind, latent, nonterminals=2)
+    torch.manual_seed(0)
+    policy = ChartPolicy(2, PRETERMINALS, 8, latent, width=8)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return policy
+
+
+@pytest.mark.parametrize("kind", [*POLICIES, "chart"])
+@pytest.mark.parametrize("latent", LATENTS)
+def test_a_short_sentence_beside_a_long_one_adds_its_own_terms_alone(kind, latent, monkeypatch):
+    """Written out: the mean over transitions, or that over trajectories, of sentences alone."""
+    policy, model = grammar_policy(kind, latent).eval(), FixedPCFG(GRAMMAR, latent)
+
+    def labelled(trees: Trees) -> Trees:
+        label = torch.arange(trees.start.shape[-1]) % 2
+        return Trees(trees.start, trees.end, trees.lengths, torch.where(trees.exists, label, -1))
+
+    monkeypatch.setattr(model, "sample_labels", lambda _, z: labelled(z))
+    both = sentences([6, 3])
+
+    def losses(x: Sentences) -> list[float]:
+        # There is one way to such a tree.
+        z = Trees.right_branching(x.lengths)
+        condition = policy.condition(model, x)
+        paths = policy.retrace(condition, labelled(z) if latent == "labelled" else z)
+        trajectories = policy.trajectories(condition, paths)
+        return [
+            objective(*policy.estimators())
+            .loss(trajectories.env, trajectories, log_rewards=trajectories.log_rewards)
+            .item()
+            for objective in (db, fl_db, subtb, partial(subtb, forward_looking=False))
+        ]
+
+    together, long, short = losses(both), losses(only(both, 0)), losses(only(both, 1))
+    # A chart chooses the root's label, too.
+    m, n = (7, 4) if kind == "chart" else (6, 3)
+    for found, a, b in zip(together[:2], long[:2], short[:2], strict=True):
+        assert found == pytest.approx((m * a + n * b) / (m + n))
+        assert found > 1e-3
+    for found, a, b in zip(together[2:], long[2:], short[2:], strict=True):
+        assert found == pytest.approx((a + b) / 2)
+        assert found > 1e-3
+
+
 def test_reverse_kl_is_the_negative_lower_bound_and_teaches_both_policies():
     setting = Setting("shape", "learned")
     log_weights = setting.paths.log_weights.detach()
@@ -344,6 +400,37 @@ def test_scores_come_with_the_trajectories_unless_recomputed(objective, monkeypa
     for estimator in setting.estimators:
         monkeypatch.setattr(type(estimator), "forward", never)
     assert setting.loss(objective, setting.paths) == pytest.approx(given)
+
+
+@pytest.mark.parametrize("objective", [vargrad, tb, subtb, db, fl_db, reverse_kl, forward_kl])
+@pytest.mark.parametrize(
+    "kind, latent",
+    [(kind, latent) for kind in (*POLICIES, "chart") for latent in LATENTS]
+    + [("grid", None), ("mixture", None)],
+)
+def test_recomputed_losses_are_those_of_stored_scores(kind, latent, objective):
+    if kind in ("grid", "mixture"):
+        tiny: Any = tiny_images if kind == "grid" else tiny_mixture
+        x = tiny_images.images(3) if kind == "grid" else tiny_mixture.points(3)
+        policy, model = tiny.make_policy(), tiny.make_model()
+    else:
+        x = sentences(LENGTHS)
+        policy, model = grammar_policy(kind, latent), FixedPCFG(GRAMMAR, latent)
+    condition = policy.condition(model, x)
+    paths = policy.sample(condition, 5)
+    trajectories = policy.trajectories(condition, paths)
+    stored, recomputed = (
+        objective(*policy.estimators())
+        .loss(
+            trajectories.env,
+            trajectories,
+            recalculate_all_logprobs=again,
+            log_rewards=paths.log_joint.flatten(),
+        )
+        .item()
+        for again in (False, True)
+    )
+    assert recomputed == pytest.approx(stored, rel=1e-9)
 
 
 @pytest.mark.parametrize("objective", [vargrad, tb, reverse_kl, forward_kl])

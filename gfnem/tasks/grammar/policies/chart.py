@@ -17,13 +17,15 @@ labellings: the last choice forgets the labels, and has P_B = p(labels | shape, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from gfn.states import DiscreteStates
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from gfnem.categorical import sample_categorical
 from gfnem.errors import UserError
@@ -132,7 +134,7 @@ class ChartPolicy(NumberedPolicy):
             symbol_dropout,
         )
         self.last_condition: ChartCondition | None = None
-        self._envs: dict[tuple[int, str], SequenceEnv] = {}
+        self._envs: dict[tuple[int, str], ChartEnv] = {}
 
     def check(self, model: LatentVariableModel) -> None:
         if not isinstance(model, ParsingModel | AnnotatedModel):
@@ -354,9 +356,10 @@ class ChartPolicy(NumberedPolicy):
         model_log_joint = log_grammar + condition.model.log_prior_weight(z)
         log_joint = model_log_joint.detach()
         leave = torch.zeros_like(forward[:1])
-        backward = torch.zeros(len(forward) + 1, batch, samples, device=forward.device)
-        backward = backward.to(forward.dtype)
-        backward[-2] = labelled - log_grammar.detach()
+        # The last choice of each sentence forgets the labels.
+        step = torch.arange(len(forward) + 1, device=forward.device)
+        last = step[:, None] == condition.lengths - 1
+        backward = torch.where(last[..., None], labelled - log_grammar.detach(), 0.0)
         return Paths(
             z=z,
             log_joint=log_joint,
@@ -467,8 +470,10 @@ class ChartPolicy(NumberedPolicy):
             value.repeat_interleave(samples)[None]
             for value in (log_z, condition.potentials.total_log_scale)
         )
-        partial = torch.cat([words, split[:-1] + fixed.flatten(), log_joint.flatten()[None]])
-        return torch.cat([log_z, learned]), partial
+        partial = torch.cat([words, split + fixed.flatten()])
+        made = torch.arange(len(partial), device=rank.device)[:, None]
+        complete = made >= condition.lengths.repeat_interleave(samples)
+        return torch.cat([log_z, learned]), torch.where(complete, log_joint.flatten(), partial)
 
     @torch.no_grad()
     def _count(self, trees: Trees) -> None:
@@ -482,15 +487,15 @@ class ChartPolicy(NumberedPolicy):
 
     def trajectories(self, condition: ChartCondition, paths: Paths) -> ScoredTrajectories:
         choices = paths.record
-        return trajectories_of_choices(
-            self._env(choices.shape[1], choices.device), choices, choices.t(), paths
-        )
+        env = self._env(choices.shape[1], choices.device)
+        count = condition.lengths.repeat_interleave(paths.z.start.shape[1])
+        return trajectories_of_choices(env, choices, choices.t(), paths, count)
 
-    def _env(self, steps: int, device: torch.device) -> SequenceEnv:
+    def _env(self, steps: int, device: torch.device) -> ChartEnv:
         key = steps, str(device)
         if key not in self._envs:
             choices = max(steps - 1, 1) * self.nonterminals**2
-            self._envs[key] = SequenceEnv(steps, choices, device)
+            self._envs[key] = ChartEnv(steps, choices, device)
         return self._envs[key]
 
     def estimators(self) -> tuple[ChartEstimator, ChartEstimator]:
@@ -500,14 +505,25 @@ class ChartPolicy(NumberedPolicy):
         return list(self.encoder.flow.parameters())
 
 
+class ChartEnv(SequenceEnv):
+    """As many choices as a sentence has words: its root's label and a split for each node.
+
+    `conditions` are the row of the sentence in its batch and its number of words.
+    """
+
+    def choices_due(self, states: DiscreteStates) -> int | Tensor:
+        conditions = states.conditions
+        return self.steps if conditions is None else conditions[..., 1].long()
+
+
 class ChartEstimator(PolicyEstimator):
-    """P_F or P_B of labelled trees at given states.
+    """P_F or P_B at given states, which hold the choices made: a labelled tree in the end.
 
     The states' sentences are rows of the batch that the policy has last seen (`condition`).
     """
 
     def forward(
-        self, states: DiscreteStates, conditions: Float[Tensor, "*batch 1"]
+        self, states: DiscreteStates, conditions: Float[Tensor, "*batch 2"]
     ) -> Float[Tensor, "*batch actions"]:
         policy: ChartPolicy = self.policy
         condition = self.condition
@@ -516,9 +532,9 @@ class ChartEstimator(PolicyEstimator):
             return conditions.new_zeros(*shape, actions - 1)
         sentence = conditions[..., 0].long().flatten()
         choices = states.tensor.reshape(len(sentence), -1)
-        spans = self._next(choices, sentence, condition.lengths)
+        spans, _ = self._follow(choices, sentence)
         logits = condition.potentials.root.new_full((len(sentence), actions), -torch.inf)
-        # Where there is nothing to choose: two words, or behind a shorter sentence's nodes.
+        # Where there is nothing to choose: two words, or a complete tree, which is left.
         logits[:, 0] = logits[:, -1] = 0.0
         begins = choices[:, 0] < 0
         logits[begins, : policy.nonterminals] = condition.root_logits()[sentence[begins]]
@@ -529,24 +545,79 @@ class ChartEstimator(PolicyEstimator):
             logits[wide, : joint.shape[1]] = joint
         return logits.view(*shape, actions)
 
-    def _next(self, choices: Int[Tensor, "rows steps"], sentence: Tensor, lengths: Tensor) -> Spans:
-        """The span that is split next: the widest, of those the leftmost; one word for none."""
+    def to_probability_distribution(
+        self, states: DiscreteStates, module_output: Tensor, **options: Any
+    ) -> Distribution:
+        distribution = super().to_probability_distribution(states, module_output, **options)
+        if self.is_backward and self.policy.latent == "shape":
+            return WithLabels(distribution, self._log_labels(states))
+        return distribution
+
+    @torch.no_grad()
+    def _log_labels(self, states: DiscreteStates) -> Float[Tensor, "*batch"]:
+        """log p(labels | shape, x) of the complete trees among the states; 0 for the others."""
+        condition = self.condition
+        conditions = states.conditions
+        assert conditions is not None
+        sentence = conditions[..., 0].long().flatten()
+        choices = states.tensor.reshape(len(sentence), -1)
+        complete = (choices >= 0).sum(1) == condition.lengths[sentence]
+        row = complete.nonzero().squeeze(1)
+        _, trees = self._follow(choices[row], sentence[row])
+        log_labels = condition.log_labels(sentence[row], trees).squeeze(1)
+        every = log_labels.new_zeros(len(sentence)).index_put((row,), log_labels)
+        return every.view(states.batch_shape)
+
+    def _follow(
+        self, choices: Int[Tensor, "rows steps"], sentence: Int[Tensor, "rows"]
+    ) -> tuple[Spans, Trees]:
+        """The span that is split next, and the tree so far.
+
+        The next is the widest, of those the leftmost; one word for none.
+        """
         policy: ChartPolicy = self.policy
-        steps = choices.shape[1]
+        lengths, steps = self.condition.lengths, choices.shape[1]
         row = torch.arange(len(choices), device=choices.device)
         width = choices.new_zeros(len(row), steps)
         label, context = torch.zeros_like(width), torch.full_like(width, policy.nonterminals)
         width[:, 0], label[:, 0] = lengths[sentence], choices[:, 0].clamp(min=0)
+        node_start = choices.new_zeros(len(row), steps - 1)
+        node_end, node_label = torch.zeros_like(node_start), torch.full_like(node_start, -1)
         for step in range(1, steps):
             start = width.argmax(-1)
             split, left, right = policy.decoded(choices[:, step].clamp(min=0))
             made = (choices[:, step] >= 0) & (width[row, start] > 1)
             at, begin, size = row[made], start[made], split[made]
             middle, own = begin + size, label[at, begin]
+            node_start[at, middle - 1], node_end[at, middle - 1] = begin, begin + width[at, begin]
+            node_label[at, middle - 1] = own
             width[at, middle] = width[at, begin] - size
             width[at, begin] = size
             label[at, begin], label[at, middle] = left[made], right[made]
             context[at, begin] = context[at, middle] = own
         start = width.argmax(-1)
         at = row, start
-        return Spans(sentence, start, width[at], label[at], context[at])
+        open_ = Spans(sentence, start, width[at], label[at], context[at])
+        start, end, labels = (node[:, None] for node in (node_start, node_end, node_label))
+        return open_, Trees(start, end, lengths[sentence], labels)
+
+
+class WithLabels(Distribution):
+    """P_B where the last choice of a shape's trajectory is undone, which brings back the labels.
+
+    An action tells the choice alone: the labels are those that the state remembers.
+
+    choices: P_B of the actions.
+    log_labels: log p(labels | shape, x).
+    """
+
+    def __init__(self, choices: Distribution, log_labels: Float[Tensor, "*batch"]):
+        super().__init__(choices.batch_shape, choices.event_shape, validate_args=False)
+        self.choices = choices
+        self.log_labels = log_labels
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        return self.choices.sample(torch.Size(sample_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.choices.log_prob(value) + self.log_labels

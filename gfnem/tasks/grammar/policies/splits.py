@@ -142,6 +142,14 @@ class ChartCondition:
         """The trees themselves, or shapes with labels from P_B."""
         return z if z.labels is not None else self.model.sample_labels(self.model_potentials, z)
 
+    def log_labels(
+        self, sentence: Int[Tensor, "rows"], trees: Trees
+    ) -> Float[Tensor, "rows samples"]:
+        """log p(labels | shape, x) of labelled trees of chosen sentences."""
+        potentials = self.model_potentials.select(sentence)
+        log_p = self.model.log_grammar_given
+        return log_p(potentials, trees) - log_p(potentials, trees.shapes())
+
     def root_logits(self) -> Float[Tensor, "batch nonterminals"]:
         """Of the labels of whole sentences."""
         guide = self.potentials.root * self.guide.whole(self.lengths)

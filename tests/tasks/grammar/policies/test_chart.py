@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from gfn.samplers import Sampler
-from torch import Tensor
+from gfn.utils.prob_calculations import get_trajectory_pfs_and_pbs
 
 from gfnem.em import EM
 from gfnem.errors import UserError
@@ -34,6 +34,7 @@ from tests.tasks.grammar.tiny import (
     FixedNCFG,
     FixedPCFG,
     count_trees,
+    every_shape,
     float64,  # noqa: F401
     p_value,
     sentences,
@@ -319,19 +320,54 @@ def test_regrown_trees_keep_the_choices_before_they_part():
         assert (depth == 1) or not torch.equal(old.record, new.record)
 
 
-@pytest.mark.parametrize("name", ["vargrad", "subtb"])
-def test_torchgfn_recomputes_the_same_scores(name):
-    model, policy = ncfg("labelled"), make_policy("labelled", "relaxation")
-    objective: Any = getattr(objectives, name)(*policy.estimators())
-    x = sentences([5, 3, 2])
-    condition = policy.condition(model, x)
-    paths = policy.sample(condition, 4)
-    trajectories = policy.trajectories(condition, paths)
-    ours = objective.get_pfs_and_pbs(trajectories)
-    theirs = objective.get_pfs_and_pbs(trajectories, recalculate_all_logprobs=True)
-    for one, other in zip(ours, theirs, strict=True):
-        assert isinstance(one, Tensor)
-        torch.testing.assert_close(one, other.view_as(one))
+@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize("latent", LATENTS)
+@pytest.mark.parametrize("make", [cfg, ncfg, low_rank_ncfg])
+def test_torchgfn_recomputes_the_same_probabilities_from_states_alone(make, latent, guide):
+    policy, x = make_policy(latent, guide), sentences([5, 3, 2])
+    condition = policy.condition(make(latent), x)
+    z = every_labelled(x) if latent == "labelled" else every_shape(x.lengths)
+    for paths in (
+        policy.sample(condition, 4),
+        policy.sample(condition, 4, Behaviour(epsilon=0.5)),
+        policy.retrace(condition, z),
+    ):
+        log_pf, log_pb = get_trajectory_pfs_and_pbs(
+            *policy.estimators(),
+            policy.trajectories(condition, paths),
+            recalculate_all_logprobs=True,
+        )
+        torch.testing.assert_close(log_pf, paths.log_forward.flatten(1))
+        torch.testing.assert_close(log_pb, paths.log_backward.flatten(1))
+
+
+@pytest.mark.parametrize("latent", LATENTS)
+def test_vargrad_of_recomputed_scores_is_zero_at_the_exact_posterior(latent):
+    policy, x = ChartPolicy(NONTERMINALS, 3, 8, latent, "exact"), sentences([5, 3, 2])
+    condition = policy.condition(ncfg(latent), x)
+    trajectories = policy.trajectories(condition, policy.sample(condition, 8))
+    pf, pb = policy.estimators()
+    for stored in (True, False):
+        loss = objectives.vargrad(pf, pb).loss(
+            trajectories.env, trajectories, recalculate_all_logprobs=not stored
+        )
+        assert loss.item() == pytest.approx(0, abs=1e-18)
+
+
+def test_torchgfn_trajectories_are_steps_of_the_environment():
+    policy, x = make_policy("labelled", "relaxation"), sentences([5, 3, 2])
+    condition = policy.condition(ncfg("labelled"), x)
+    trajectories = policy.trajectories(condition, policy.sample(condition, 4))
+    env = trajectories.env
+    env.debug = True
+    assert trajectories.states.is_initial_state[0].all()
+    assert trajectories.states.is_sink_state[-1].all()
+    for step in range(trajectories.max_length):
+        # Sentences whose trees are complete have left.
+        live = ~trajectories.actions.is_dummy[step]
+        assert torch.equal(live, step <= x.lengths.repeat_interleave(4))
+        reached = env._step(trajectories.states[step][live], trajectories.actions[step][live])
+        assert torch.equal(reached.tensor, trajectories.states[step + 1].tensor[live])
 
 
 def test_torchgfn_s_sampler_draws_from_the_policy():
@@ -342,11 +378,15 @@ def test_torchgfn_s_sampler_draws_from_the_policy():
     paths = policy.retrace(condition, trees)
     env = policy.trajectories(condition, paths).env
     rows = torch.arange(2).repeat_interleave(4_000)
-    start = env.reset(batch_shape=(len(rows),), conditions=rows[:, None].double())
+    conditions = torch.stack([rows, x.lengths[rows]], -1).double()
+    start = env.reset(batch_shape=(len(rows),), conditions=conditions)
     torch.manual_seed(0)
     forward, _ = policy.estimators()
     trajectories: Any = Sampler(forward).sample_trajectories(env, states=start)
-    choices = paths.record.unflatten(0, (2, -1)).tolist()
+    assert torch.equal(trajectories.terminating_idx, x.lengths[rows] + 1)
+    # Behind the shorter sentence's nodes no choice is made.
+    none = torch.arange(4) >= x.lengths[:, None, None]
+    choices = paths.record.unflatten(0, (2, -1)).masked_fill(none, -1).tolist()
     q = paths.log_forward.sum(0).exp().tolist()
     for row in range(2):
         ends = trajectories.terminating_states.tensor[rows == row].tolist()
