@@ -237,6 +237,7 @@ def _use_run(verb: str, overrides: list[str]) -> int:
     from hydra.utils import get_method
 
     from gfnem.build import build
+    from gfnem.categorical import check_draws, watched
     from gfnem.config import compose_stored
     from gfnem.signatures import annotations_of
 
@@ -251,9 +252,11 @@ def _use_run(verb: str, overrides: list[str]) -> int:
         trained[directory] = em = build(config).em
         em.model.load_state_dict(state["model"])
         em.posterior.load_state_dict(state["posterior"])
-    result = call(trained if several else trained[of_run["run"]], **options)
-    for line in _lines(result) if isinstance(result, Mapping) else result:
-        print(line)
+    with watched():
+        result = call(trained if several else trained[of_run["run"]], **options)
+        for line in _lines(result) if isinstance(result, Mapping) else result:
+            check_draws()
+            print(line)
     return DONE
 
 

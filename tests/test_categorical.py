@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from math import inf, nan
+
 import pytest
 import torch
 from scipy.stats import chisquare
 
-from gfnem.categorical import sample_categorical
+from gfnem.categorical import check_draws, drawable, sample_categorical, watched
+from gfnem.errors import UserError
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
@@ -59,3 +62,56 @@ def test_the_same_generator_gives_the_same_draws():
     )
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
+
+
+@dtypes
+@pytest.mark.parametrize(
+    "bad",
+    [[0.0, 0.0, 0.0], [1.0, nan, 0.0], [nan, nan, nan], [inf, 1.0, 0.0], [0.0, inf, inf]],
+    ids=str,
+)
+def test_weights_that_nothing_can_be_drawn_from_give_a_category_that_exists(bad, dtype):
+    good = [0.0, 0.5, 0.5]
+    drawn = sample_categorical(torch.tensor([good, bad, good], dtype=dtype).repeat(1000, 1))
+    assert drawn.min() >= 0 and drawn.max() < 3
+    assert (drawn.view(-1, 3)[:, [0, 2]] > 0).all()
+
+
+def test_a_draw_waits_for_no_device():
+    """Tensors without values cannot be looked at."""
+    weights = torch.empty(4, 5, 3, device="meta")
+    assert sample_categorical(weights).shape == drawable(weights).shape[:-1] == (4, 5)
+    with pytest.raises(RuntimeError), watched():
+        sample_categorical(weights)
+
+
+def test_only_what_may_be_drawn_is_drawn_of_logits_that_are_not_finite():
+    logits = torch.tensor([[-inf, nan, 1.0], [-inf, inf, -inf], [0.5, -inf, -1.0]])
+    assert drawable(logits).tolist() == [[-inf, 0.0, 1.0], [-inf, 0.0, -inf], [0.5, -inf, -1.0]]
+
+
+@pytest.mark.parametrize("bad", [[0.0, 0.0], [nan, 1.0], [inf, 1.0]], ids=str)
+def test_who_watches_is_told_of_weights_that_nothing_can_be_drawn_from(bad):
+    weights = torch.tensor([[0.0, 1.0], bad])
+    with watched():
+        sample_categorical(weights[:1])
+        check_draws()
+    message = "^something is to be drawn with weights that are all zero or not finite: "
+    with pytest.raises(UserError, match=message), watched():
+        sample_categorical(weights)
+        sample_categorical(weights[:1])
+    with pytest.raises(UserError, match=message), watched():
+        sample_categorical(weights)
+        raise IndexError("of what was drawn")
+    with pytest.raises(IndexError), watched():
+        raise IndexError("of something else")
+    sample_categorical(weights)
+    check_draws()
+
+
+@pytest.mark.parametrize("bad", [nan, inf])
+def test_who_watches_is_told_of_logits_that_are_not_finite(bad):
+    with watched():
+        drawable(torch.tensor([-inf, 1.0]))
+    with pytest.raises(UserError), watched():
+        drawable(torch.tensor([-inf, 1.0, bad]))

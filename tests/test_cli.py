@@ -810,6 +810,44 @@ def test_mistake_with_a_run(
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
 
 
+@pytest.mark.parametrize("part", ["model", "posterior"])
+@pytest.mark.parametrize(
+    "verb", [["parse", "file=sentences.txt"], ["parse", "file=sentences.txt", "decode=sample"]]
+)
+def test_weights_that_nothing_can_be_drawn_with(
+    part: str, verb: list[str], trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("sentences.txt").write_text("anna saw boris\n")
+    assert_diverged(verb, part, trained, capsys)
+
+
+@pytest.mark.parametrize(("verb", "part"), [("generate", "model"), ("evaluate", "posterior")])
+def test_other_verbs_that_nothing_can_be_drawn_with(
+    verb: str, part: str, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_diverged([verb], part, trained, capsys)
+
+
+def assert_diverged(
+    verb: list[str], part: str, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run whose model or posterior is not finite gives one line and nothing else."""
+    shutil.copytree(trained, "diverged")
+    state = state_of(Path("diverged"), "best")
+    for value in state[part].values():
+        if torch.is_tensor(value) and value.is_floating_point():
+            value.fill_(torch.nan)
+    torch.save(state, "diverged/checkpoints/best.pt")
+    capsys.readouterr()
+    assert main([verb[0], "run=diverged", *verb[1:]]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == (
+        "gfnem: something is to be drawn with weights that are all zero or not finite: the model "
+        "or its posterior has diverged, use another checkpoint or run\n"
+    )
+
+
 def test_full_disk(
     trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

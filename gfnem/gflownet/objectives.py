@@ -187,6 +187,12 @@ class SubTrajectoryBalance(ScoredObjective, SubTBGFlowNet):
         flows = trajectories.log_flows(self.forward_looking)
         return torch.where(trajectories.actions.is_dummy, -torch.inf, flows)
 
+    def calculate_masks(
+        self, log_state_flows: Tensor, trajectories: Trajectories
+    ) -> tuple[Tensor, Tensor]:
+        # torchgfn takes each state of flow 0 for the sink: others have it where p(x, z) is 0.
+        return trajectories.actions.is_dummy, trajectories.actions.is_exit
+
 
 # torchgfn's is typed as one of transitions; this one learns from trajectories.
 class DetailedBalance(ScoredObjective, DBGFlowNet):  # type: ignore[misc]

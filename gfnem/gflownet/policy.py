@@ -13,6 +13,7 @@ from gfn.estimators import Estimator
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from gfnem.categorical import drawable
 from gfnem.errors import UserError
 from gfnem.gflownet.objectives import ScoredTrajectories
 from gfnem.latents import LatentTable
@@ -74,6 +75,7 @@ class Behaviour:
         self, logits: Float[Tensor, "*batch choices"]
     ) -> Float[Tensor, "*batch choices"]:
         """Of choices, of which those with a logit of -inf are illegal."""
+        logits = drawable(logits)
         weights = (logits / self.temperature).softmax(-1)
         if self.epsilon > 0:
             uniform = logits.isfinite().to(weights.dtype)

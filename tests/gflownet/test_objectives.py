@@ -24,12 +24,15 @@ from gfnem.gflownet.objectives import (
     vargrad,
     weighted_sum,
 )
-from gfnem.gflownet.policy import Paths
+from gfnem.gflownet.policy import Behaviour, Paths
+from gfnem.gflownet.refinement import BackAndForth
+from gfnem.posteriors.gflownet import GFlowNetPosterior
 from gfnem.tasks.grammar.policies.chart import ChartPolicy
 from gfnem.tasks.grammar.policies.forest import ForestPolicy
 from gfnem.tasks.grammar.policies.merges import ForestCondition
 from gfnem.tasks.grammar.text.corpus import Sentences
 from gfnem.tasks.grammar.trees.tree import Trees
+from gfnem.training.trainer import Trainer
 from tests.tasks.discrete_vae import tiny as tiny_images
 from tests.tasks.grammar import oracle
 from tests.tasks.grammar.tiny import (
@@ -276,6 +279,22 @@ def grammar_policy(kind: str, latent: Any) -> Any:
     return policy
 
 
+def setting_of(kind: str, latent: Any) -> tuple[Any, Any, Any]:
+    """A small policy, a model and data of it."""
+    if kind == "grid":
+        return tiny_images.make_policy(), tiny_images.make_model(), tiny_images.images(3)
+    if kind == "mixture":
+        return tiny_mixture.make_policy(), tiny_mixture.make_model(), tiny_mixture.points(3)
+    return grammar_policy(kind, latent), FixedPCFG(GRAMMAR, latent), sentences(LENGTHS)
+
+
+every_policy = pytest.mark.parametrize(
+    "kind, latent",
+    [(kind, latent) for kind in (*POLICIES, "chart") for latent in LATENTS]
+    + [("grid", None), ("mixture", None)],
+)
+
+
 @pytest.mark.parametrize("kind", [*POLICIES, "chart"])
 @pytest.mark.parametrize("latent", LATENTS)
 def test_a_short_sentence_beside_a_long_one_adds_its_own_terms_alone(kind, latent, monkeypatch):
@@ -403,19 +422,9 @@ def test_scores_come_with_the_trajectories_unless_recomputed(objective, monkeypa
 
 
 @pytest.mark.parametrize("objective", [vargrad, tb, subtb, db, fl_db, reverse_kl, forward_kl])
-@pytest.mark.parametrize(
-    "kind, latent",
-    [(kind, latent) for kind in (*POLICIES, "chart") for latent in LATENTS]
-    + [("grid", None), ("mixture", None)],
-)
+@every_policy
 def test_recomputed_losses_are_those_of_stored_scores(kind, latent, objective):
-    if kind in ("grid", "mixture"):
-        tiny: Any = tiny_images if kind == "grid" else tiny_mixture
-        x = tiny_images.images(3) if kind == "grid" else tiny_mixture.points(3)
-        policy, model = tiny.make_policy(), tiny.make_model()
-    else:
-        x = sentences(LENGTHS)
-        policy, model = grammar_policy(kind, latent), FixedPCFG(GRAMMAR, latent)
+    policy, model, x = setting_of(kind, latent)
     condition = policy.condition(model, x)
     paths = policy.sample(condition, 5)
     trajectories = policy.trajectories(condition, paths)
@@ -440,3 +449,52 @@ def test_reductions_are_torchgfn_s(objective):
         setting.loss(objective, setting.paths, reduction=reduction) for reduction in ("mean", "sum")
     )
     assert total == pytest.approx(mean * 6 * len(LENGTHS))
+
+
+def assert_skipped(posterior: GFlowNetPosterior, model: Any, x: Any) -> None:
+    """An E-step gives a loss that is not finite, and changes nothing."""
+    step = posterior.e_step(model, x)
+    assert step.loss is not None and not step.loss.isfinite()
+    optimizer = partial(torch.optim.SGD, lr=1.0)
+    trainer = Trainer("posterior", posterior.parameter_groups(), optimizer, 1.0, warmup=0)
+    before = [parameter.detach().clone() for parameter in posterior.parameters()]
+    assert not trainer.step(step.loss)
+    assert trainer.skipped == 1
+    for one, other in zip(before, posterior.parameters(), strict=True):
+        torch.testing.assert_close(one, other, equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("objective", [vargrad, subtb])
+@every_policy
+def test_e_steps_of_policies_that_are_not_finite_are_skipped(kind, latent, objective, bad):
+    policy, model, x = setting_of(kind, latent)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.fill_(bad)
+    local_search = None if kind == "mixture" else BackAndForth(steps=1, depth=2)
+    assert_skipped(GFlowNetPosterior(policy, objective, local_search=local_search), model, x)
+    behaviour = Behaviour(2.0, epsilon=0.5)
+    assert_skipped(GFlowNetPosterior(policy, objective, behaviour=behaviour), model, x)
+
+
+@pytest.mark.parametrize("objective", [vargrad, subtb])
+@pytest.mark.parametrize("latent", LATENTS)
+@pytest.mark.parametrize("kind", [*POLICIES, "chart"])
+def test_e_steps_on_sentences_without_a_tree_are_skipped(kind, latent, objective):
+    policy, model, x = setting_of(kind, latent)
+    with torch.no_grad():
+        model.emission[:, x.words[0, 0]] = -math.inf
+    assert_skipped(GFlowNetPosterior(policy, objective), model, x)
+
+
+@pytest.mark.parametrize("behaviour", [Behaviour(), Behaviour(2.0, epsilon=0.5)], ids=str)
+@pytest.mark.parametrize("latent", LATENTS)
+def test_e_steps_with_weights_that_are_all_zero_are_skipped(latent, behaviour):
+    policy, model, x = setting_of("chart", latent)
+    with torch.no_grad():
+        policy.encoder.score.bias.fill_(-1e4)
+    paths = policy.sample(policy.condition(model, x), 4, behaviour)
+    # Two words have nothing but a root to be chosen.
+    assert torch.equal(paths.log_weights.isnan(), (x.lengths > 2)[:, None].expand(-1, 4))
+    assert_skipped(GFlowNetPosterior(policy, behaviour=behaviour), model, x)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gfnem.categorical import check_draws
 from gfnem.em import EM
 from gfnem.errors import UserError
 from gfnem.tasks.grammar import ensemble
@@ -80,6 +81,7 @@ def generate(em: EM, n: int = 16) -> Iterator[str]:
     if not em.model.normalised:
         print("drawn from the grammar alone, without its tree prior", file=sys.stderr)
     x, z = em.model.sample(n)
+    check_draws()
     for sentence, length in enumerate(x.lengths.tolist()):
         ids = x.words[sentence, :length].tolist()
         words = [data.vocabulary.word(i) for i in ids]

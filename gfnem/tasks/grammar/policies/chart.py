@@ -417,8 +417,11 @@ class ChartPolicy(NumberedPolicy):
         word_right = finite_log(splits.word_right.gather(1, left[:, None])).squeeze(1)
         chosen = torch.where(width == spans.width - 1, word_right, inner)
         chosen = torch.where(width == 1, word_left, chosen) + finite_log(splits.weights[at])
+        total = splits.first(spans.width).sum((1, 2))
+        # Where all weights are zero there is nothing to draw.
+        chosen = torch.where(total > 0, chosen, torch.nan)
         if temperature == 1.0:
-            return chosen - finite_log(splits.first(spans.width).sum((1, 2)))
+            return chosen - finite_log(total)
         joint = splits.joint(spans.width).log() / temperature
         return chosen / temperature - joint.logsumexp(-1)
 

@@ -351,7 +351,7 @@ class ForestPolicy(NumberedPolicy):
             is_root = remaining & (parents_time(start, end, time, trees.lengths) == LATER)
             weights = torch.where(is_root, logit, -torch.inf)
             weights[done, 0] = 0.0
-            gap = sample_categorical(weights.softmax(-1))
+            gap = sample_categorical(ON_POLICY.probabilities(weights))
             count = count - 1
             rank[rows, gap] = torch.where(done, rank[rows, gap], count)
             remaining[rows, gap] = remaining[rows, gap] & done
