@@ -28,12 +28,6 @@ from gfnem.tasks.grammar.rules.potentials import Grammar, Potentials
 from gfnem.tasks.grammar.text.corpus import Sentences
 from gfnem.tasks.grammar.trees.tree import Trees
 
-# How fast old samples are forgotten in the counts of parents.
-DECAY = 0.95
-# How many clusters of parents a relaxation tells apart, and after how many batches they are sought
-# anew.
-CLUSTERS, CLUSTERING = 8, 50
-
 
 class Spans(NamedTuple):
     """Open spans as a flat list; context is the label above, or S, which comes last."""
