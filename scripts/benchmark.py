@@ -55,8 +55,7 @@ from gfnem.tasks.discrete_vae.model import DiscreteVAE
 from gfnem.tasks.discrete_vae.policy import GridPolicy
 from gfnem.tasks.discrete_vae.vector_quantized import VectorQuantized
 from gfnem.tasks.grammar.inference import inside
-from gfnem.tasks.grammar.model import NeuralPCFG
-from gfnem.tasks.grammar.ncfg import NeuralNCFG
+from gfnem.tasks.grammar.networks import NeuralNCFG, NeuralPCFG
 from gfnem.tasks.grammar.policies.chart import ChartPolicy
 from gfnem.tasks.grammar.policies.root_flow import RootFlowPolicy
 from gfnem.tasks.grammar.policies.transformer import TransformerPolicy
@@ -288,12 +287,11 @@ def inside_algorithm(repeats: int) -> list[Row]:
         words = torch.randint(0, VOCABULARY, (32, length))
         lengths = torch.full((32,), length)
         x = Sentences(words, lengths, torch.arange(32))
-        grammar = type(model.grammar())(*(t.detach() for t in vars(model.grammar()).values()))
-        leaves = [t.requires_grad_() for t in vars(grammar).values()]
-        of = inside.Potentials.of
+        grammar = model.grammar().map(lambda table: table.detach().requires_grad_())
+        leaves = list(vars(grammar).values())
 
-        def value(grammar=grammar, x=x, of=of) -> torch.Tensor:
-            return inside.log_partition(of(grammar, x.words, x.lengths)).sum()
+        def value(grammar=grammar, x=x) -> torch.Tensor:
+            return inside.log_partition(grammar.potentials(x.words, x.lengths)).sum()
 
         def gradient(value=value, leaves=leaves) -> object:
             return torch.autograd.grad(value(), leaves)
@@ -314,8 +312,8 @@ def _torch_struct(grammar: Any, words: torch.Tensor) -> Row:
     except ImportError:
         return {}
     lengths = torch.full((len(words),), words.shape[1])
-    terms = grammar.emission.detach().t()[words].requires_grad_()
-    rules = grammar.binary.detach().expand(len(words), -1, -1, -1).clone().requires_grad_()
+    terms = grammar.emission[0].detach().t()[words].requires_grad_()
+    rules = grammar.binary[0].detach().expand(len(words), -1, -1, -1).clone().requires_grad_()
     roots = grammar.root.detach().expand(len(words), -1).clone().requires_grad_()
 
     def forward() -> torch.Tensor:

@@ -34,8 +34,8 @@ from gfnem.config import compose_stored
 from gfnem.errors import UserError
 from gfnem.run import Run
 from gfnem.tasks.grammar.inference import inside
-from gfnem.tasks.grammar.model import NeuralPCFG
-from gfnem.tasks.grammar.rules.potentials import Grammar
+from gfnem.tasks.grammar.model import GrammarModel
+from gfnem.tasks.grammar.rules.grammar import Grammar
 from gfnem.tasks.grammar.text.corpus import Corpus, GrammarData, Vocabulary
 from gfnem.tasks.grammar.trees.f1 import SpanCounts
 
@@ -89,8 +89,8 @@ def trained(places: Sequence[Path]) -> Iterator[Trained]:
         if key not in read:
             read[key] = load_data(compose_stored(path, []))[1]
         model = make(config["model"])
-        if not isinstance(model, NeuralPCFG):
-            raise UserError(f"{path} is no run of a context-free grammar: leave it out")
+        if not isinstance(model, GrammarModel):
+            raise UserError(f"{path} is no run of a grammar: leave it out")
         model.load_state_dict(run.load_checkpoint("best")["model"])
         text = "the treebank's and Brown's" if options.get("treebank_text") else "Brown's alone"
         if options.get("brown_sentences") == 0:
@@ -122,9 +122,9 @@ def rate(run: Trained, vocabulary: Vocabulary, corpus: Corpus) -> dict[str, floa
 def merge(grammar: Grammar, own: Vocabulary, common: Vocabulary) -> Grammar:
     """Give a grammar a smaller vocabulary; words that are no part of it are "unknown"."""
     ids = common.ids(own.words)
-    emission = grammar.emission.new_zeros(grammar.preterminals, len(common))
-    emission.index_add_(1, ids, grammar.emission.exp())
-    return Grammar(grammar.root, grammar.binary, emission.log())
+    emission = grammar.emission.new_zeros(*grammar.emission.shape[:2], len(common))
+    emission.index_add_(2, ids, grammar.emission.exp())
+    return grammar.with_emission(emission.log())
 
 
 def table(rows: dict[tuple[int, str], list[dict[str, float]]]) -> str:

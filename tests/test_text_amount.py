@@ -11,7 +11,7 @@ import torch
 
 from gfnem.cli import main
 from gfnem.tasks.grammar.inference import inside
-from gfnem.tasks.grammar.rules.potentials import Grammar
+from gfnem.tasks.grammar.rules.dense import DenseGrammar
 from gfnem.tasks.grammar.text.corpus import Vocabulary
 from tests.tasks.grammar.text.test_brown import write_corpora
 
@@ -27,10 +27,10 @@ def test_an_unknown_word_is_any_that_is_not_common(script: Any) -> None:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     generator = torch.Generator().manual_seed(0)
-    grammar = Grammar(
+    grammar = DenseGrammar(
         logits(2).log_softmax(-1),
-        logits(2, 25).log_softmax(-1).unflatten(-1, (5, 5)),
-        logits(3, 4).log_softmax(-1),
+        logits(1, 2, 25).log_softmax(-1).unflatten(-1, (5, 5)),
+        logits(1, 3, 4).log_softmax(-1),
     )
     own, common = Vocabulary(["<unk>", "a", "b", "c"]), Vocabulary(["<unk>", "c"])
     lengths = torch.tensor([3])

@@ -40,7 +40,7 @@ from tests.tasks.grammar.tiny import (
     LATENTS,
     POLICIES,
     PRETERMINALS,
-    FixedPCFG,
+    FixedModel,
     StateGraph,
     enumerate_trees,
     float64,  # noqa: F401
@@ -67,7 +67,7 @@ class Setting:
     def __init__(self, latent: Any = "shape", backward: str = "uniform"):
         self.x: Sentences = sentences(LENGTHS)
         self.policy: ForestPolicy = make_policy("root_flow", latent, backward, nonterminals=2)
-        self.condition: ForestCondition = self.policy.condition(FixedPCFG(GRAMMAR, latent), self.x)
+        self.condition: ForestCondition = self.policy.condition(FixedModel(GRAMMAR, latent), self.x)
         torch.manual_seed(0)
         self.paths: Paths = self.policy.sample(self.condition, 6)
         self.log_z = torch.tensor(
@@ -285,7 +285,7 @@ def setting_of(kind: str, latent: Any) -> tuple[Any, Any, Any]:
         return tiny_images.make_policy(), tiny_images.make_model(), tiny_images.images(3)
     if kind == "mixture":
         return tiny_mixture.make_policy(), tiny_mixture.make_model(), tiny_mixture.points(3)
-    return grammar_policy(kind, latent), FixedPCFG(GRAMMAR, latent), sentences(LENGTHS)
+    return grammar_policy(kind, latent), FixedModel(GRAMMAR, latent), sentences(LENGTHS)
 
 
 every_policy = pytest.mark.parametrize(
@@ -299,7 +299,7 @@ every_policy = pytest.mark.parametrize(
 @pytest.mark.parametrize("latent", LATENTS)
 def test_a_short_sentence_beside_a_long_one_adds_its_own_terms_alone(kind, latent, monkeypatch):
     """Written out: the mean over transitions, or that over trajectories, of sentences alone."""
-    policy, model = grammar_policy(kind, latent).eval(), FixedPCFG(GRAMMAR, latent)
+    policy, model = grammar_policy(kind, latent).eval(), FixedModel(GRAMMAR, latent)
 
     def labelled(trees: Trees) -> Trees:
         label = torch.arange(trees.start.shape[-1]) % 2
@@ -484,7 +484,7 @@ def test_e_steps_of_policies_that_are_not_finite_are_skipped(kind, latent, objec
 def test_e_steps_on_sentences_without_a_tree_are_skipped(kind, latent, objective):
     policy, model, x = setting_of(kind, latent)
     with torch.no_grad():
-        model.emission[:, x.words[0, 0]] = -math.inf
+        model.emission[..., x.words[0, 0]] = -math.inf
     assert_skipped(GFlowNetPosterior(policy, objective), model, x)
 
 

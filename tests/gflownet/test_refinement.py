@@ -21,7 +21,7 @@ from gfnem.tasks.grammar.text.corpus import Sentences
 from gfnem.tasks.grammar.trees.tree import Trees
 from tests.tasks.grammar import oracle
 from tests.tasks.grammar.tiny import (
-    FixedPCFG,
+    FixedModel,
     count_trees,
     enumerate_trees,
     every_shape,
@@ -67,7 +67,7 @@ def refined(
     before = [p_value(count_trees(z, index), exact[index]) for index in range(len(x))]
     assert min(before) > 1e-3
     with torch.no_grad():
-        latents = refinement(policy, FixedPCFG(GRAMMAR, latent), x, Latents(z, None))
+        latents = refinement(policy, FixedModel(GRAMMAR, latent), x, Latents(z, None))
     assert latents.log_weights is None and latents.m_step_weights is None
     new = latents.z
     moved = (new.start != z.start).any(-1) | (new.end != z.end).any(-1)
@@ -132,7 +132,7 @@ def test_every_term_of_the_acceptance_ratio_is_needed(latent, term, monkeypatch)
 def test_back_and_forth_brings_a_bad_policy_closer_to_the_posterior():
     policy = make_policy("root_flow", "shape", nonterminals=2)
     x = sentences([5])
-    model = FixedPCFG(GRAMMAR, "shape")
+    model = FixedModel(GRAMMAR, "shape")
     posterior = GFlowNetPosterior(policy, refinement=BackAndForth(steps=10, depth=4))
     torch.manual_seed(0)
     with torch.no_grad():
@@ -229,7 +229,7 @@ def test_importance_weighting_keeps_all_latents():
 def test_m_steps_on_weighted_latents_climb_the_exact_expectation(latent, refinement):
     policy = make_policy("root_flow", latent, nonterminals=2)
     posterior = GFlowNetPosterior(policy, samples=8_000, refinement=refinement)
-    model, x = FixedPCFG(GRAMMAR, latent), sentences(LENGTHS)
+    model, x = FixedModel(GRAMMAR, latent), sentences(LENGTHS)
     torch.manual_seed(0)
     plain = GFlowNetPosterior(policy, samples=8_000).expected_log_joint(model, x)
     value = posterior.expected_log_joint(model, x)

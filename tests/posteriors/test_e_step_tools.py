@@ -19,7 +19,7 @@ from gfnem.gflownet.policy import Policy
 from gfnem.gflownet.refinement import BackAndForth
 from gfnem.gflownet.replay import Replay
 from gfnem.posteriors.gflownet import GFlowNetPosterior
-from gfnem.tasks.grammar.model import NeuralPCFG
+from gfnem.tasks.grammar.networks import NeuralPCFG
 from gfnem.tasks.grammar.policies.encoder import SpanEncoder
 from gfnem.tasks.grammar.policies.root_flow import RootFlowPolicy
 from gfnem.tasks.grammar.text.sources import toy_english
@@ -29,7 +29,7 @@ from tests.tasks.grammar import annotated_oracle, oracle
 from tests.tasks.grammar.policies.test_chart import make_policy as make_chart
 from tests.tasks.grammar.policies.test_chart import ncfg, q_of
 from tests.tasks.grammar.tiny import (
-    FixedPCFG,
+    FixedModel,
     count_trees,
     enumerate_trees,
     make_policy,
@@ -66,7 +66,7 @@ def test_trained_posterior_is_that_of_enumeration_with_symbol_dropout(
     latent: Any, probability: float
 ):
     grammar, lengths, seed = SETTINGS[latent]
-    model, x = FixedPCFG(grammar, latent), sentences(lengths, seed=seed)
+    model, x = FixedModel(grammar, latent), sentences(lengths, seed=seed)
     policy = make_policy(
         "root_flow", latent, nonterminals=2, noise=0.1, width=16, symbol_dropout=probability
     )
@@ -197,7 +197,7 @@ def test_latents_that_are_missing_are_replaced_by_draws_and_the_impossible_is_no
 @pytest.mark.parametrize("latent", ["shape", "labelled"])
 def test_a_sentence_keeps_its_best_trees_under_the_model_as_it_is(latent: Any):
     model, posterior, x = setting(latent, samples=100, replay=5)
-    other = FixedPCFG(oracle.random_grammar(2, 3, seed=9), latent)
+    other = FixedModel(oracle.random_grammar(2, 3, seed=9), latent)
     replay: Any = posterior.replay
     for grammar in (model, other):
         for _ in range(8):
@@ -300,7 +300,7 @@ def test_symbols_are_hidden_from_whole_sentences_in_training_alone():
 
 def test_trajectories_of_an_e_step_have_the_same_symbols_hidden():
     grammar, lengths, seed = SETTINGS["shape"]
-    model, x = FixedPCFG(grammar), sentences(lengths, seed=seed)
+    model, x = FixedModel(grammar), sentences(lengths, seed=seed)
     policy = make_policy("root_flow", "shape", nonterminals=2, noise=0.5, symbol_dropout=0.5)
     condition = policy.condition(model, x)
     paths = policy.sample(condition, 4)

@@ -11,7 +11,7 @@ from gfnem.posteriors.exact import ExactPosterior
 from tests.tasks.grammar import oracle
 from tests.tasks.grammar.tiny import (
     LATENTS,
-    FixedPCFG,
+    FixedModel,
     count_trees,
     enumerate_trees,
     float64,  # noqa: F401
@@ -29,7 +29,7 @@ LENGTHS = [4, 2, 5]
 
 @pytest.mark.parametrize("latent", LATENTS)
 def test_samples_have_the_posterior_s_frequencies_and_equal_weights(latent):
-    model, x = FixedPCFG(GRAMMAR, latent), sentences(LENGTHS)
+    model, x = FixedModel(GRAMMAR, latent), sentences(LENGTHS)
     torch.manual_seed(0)
     latents = ExactPosterior().sample(model, x, 6_000)
     assert latents.log_weights is not None and latents.m_step_weights is None
@@ -41,14 +41,14 @@ def test_samples_have_the_posterior_s_frequencies_and_equal_weights(latent):
         assert latents.log_weights[index].tolist() == pytest.approx([expected] * 6_000)
 
 
-def gradients(model: FixedPCFG, value: torch.Tensor) -> list[torch.Tensor]:
+def gradients(model: FixedModel, value: torch.Tensor) -> list[torch.Tensor]:
     return list(torch.autograd.grad(value, list(model.parameters())))
 
 
 @pytest.mark.parametrize("latent", LATENTS)
 def test_both_m_steps_climb_the_expectation_under_the_enumerated_posterior(latent):
     """Fisher's identity: the gradient of log p(x) is that of E_{p(z | x)}[log p(x, z)]."""
-    model, x = FixedPCFG(GRAMMAR, latent), sentences(LENGTHS)
+    model, x = FixedModel(GRAMMAR, latent), sentences(LENGTHS)
     exact = [oracle.posterior(enumerate_trees(GRAMMAR, words_of(x, i), latent)) for i in range(3)]
     most = max(map(len, exact))
     trees = oracle.to_trees([(list(one) * most)[:most] for one in exact], x.lengths)
@@ -74,7 +74,7 @@ def test_both_m_steps_climb_the_expectation_under_the_enumerated_posterior(laten
 
 
 def test_given_latents_are_those_of_the_sampled_m_step():
-    model, x = FixedPCFG(GRAMMAR, "shape"), sentences(LENGTHS)
+    model, x = FixedModel(GRAMMAR, "shape"), sentences(LENGTHS)
     posterior = ExactPosterior("sample", samples=3)
     latents = posterior.sample(model, x, 7)
     value = posterior.expected_log_joint(model, x, latents)
@@ -89,14 +89,14 @@ def test_m_steps_in_closed_form_learn_from_all_latents():
     table = log_joint_table(model, x)
     assert latents.z.index.tolist() == 3 * [[list(z) for z in components()]]
     torch.testing.assert_close(latents.m_step_weights, table.softmax(-1))
-    message = "^posterior.m_step=closed needs all latents; FixedPCFG does not enumerate them: use "
+    message = "^posterior.m_step=closed needs all latents; FixedModel does not enumerate them: use "
     with pytest.raises(UserError, match=message):
-        posterior.m_step_latents(FixedPCFG(GRAMMAR), sentences(LENGTHS))
+        posterior.m_step_latents(FixedModel(GRAMMAR), sentences(LENGTHS))
 
 
 def test_there_is_nothing_to_learn():
     posterior = ExactPosterior()
-    step = posterior.e_step(FixedPCFG(GRAMMAR), sentences(LENGTHS))
+    step = posterior.e_step(FixedModel(GRAMMAR), sentences(LENGTHS))
     assert step.loss is None and step.latents is None and step.metrics == {}
     assert posterior.parameter_groups() == []
 

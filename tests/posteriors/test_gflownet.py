@@ -23,15 +23,16 @@ from gfnem.gflownet.objectives import (
 from gfnem.gflownet.policy import Behaviour
 from gfnem.latents import EStep, Latents
 from gfnem.posteriors.gflownet import GFlowNetPosterior
-from gfnem.tasks.grammar.model import NeuralPCFG, ParsingModel
-from gfnem.tasks.grammar.rules.potentials import Grammar
+from gfnem.tasks.grammar.model import GrammarModel
+from gfnem.tasks.grammar.networks import NeuralPCFG
+from gfnem.tasks.grammar.rules.dense import DenseGrammar
 from gfnem.tasks.grammar.text.corpus import Sentences
 from tests.tasks.grammar import oracle
 from tests.tasks.grammar.tiny import (
     BACKWARDS,
     LATENTS,
     VOCABULARY,
-    FixedPCFG,
+    FixedModel,
     StateGraph,
     enumerate_trees,
     make_policy,
@@ -44,7 +45,7 @@ OBJECTIVES = {"vargrad": vargrad, "tb": tb, "subtb": subtb}
 # Steps after which each is close to the posterior.
 STEPS = {"vargrad": 80, "tb": 120, "subtb": 150}
 # A grammar and sentences of these lengths for each latent.
-SETTINGS: dict[str, tuple[Grammar, list[int], int]] = {
+SETTINGS: dict[str, tuple[DenseGrammar, list[int], int]] = {
     "shape": (oracle.random_grammar(2, 3, seed=2), [5, 4], 2),
     "labelled": (oracle.random_grammar(2, 3, seed=0, temperature=0.5), [4, 4], 0),
 }
@@ -52,20 +53,20 @@ SETTINGS: dict[str, tuple[Grammar, list[int], int]] = {
 
 def setting(
     latent: Any, backward: str = "uniform", objective: Objective = vargrad, **options: Any
-) -> tuple[FixedPCFG, GFlowNetPosterior, Sentences]:
+) -> tuple[FixedModel, GFlowNetPosterior, Sentences]:
     grammar, lengths, seed = SETTINGS[latent]
     policy = make_policy("root_flow", latent, backward, nonterminals=2, noise=0.1, width=16)
     posterior = GFlowNetPosterior(policy, objective, **options)
-    return FixedPCFG(grammar, latent), posterior, sentences(lengths, seed=seed)
+    return FixedModel(grammar, latent), posterior, sentences(lengths, seed=seed)
 
 
 def distances(
-    model: ParsingModel, posterior: GFlowNetPosterior, x: Sentences, latent: Any
+    model: GrammarModel, posterior: GFlowNetPosterior, x: Sentences, latent: Any
 ) -> list[float]:
     """Total variation between q(z | x) and p(z | x) of each sentence, exactly."""
     policy = posterior.policy
-    found = model.grammar()
-    grammar = Grammar(found.root.detach(), found.binary.detach(), found.emission.detach())
+    grammar = model.grammar().map(torch.Tensor.detach)
+    assert isinstance(grammar, DenseGrammar)
     condition = policy.condition(model, x)
     env = policy.trajectories(condition, policy.sample(condition, 1)).env
     forward: Any = policy.estimators()[0]
@@ -79,7 +80,7 @@ def distances(
 
 
 def train(
-    model: ParsingModel, posterior: GFlowNetPosterior, x: Sentences, steps: int = 100
+    model: GrammarModel, posterior: GFlowNetPosterior, x: Sentences, steps: int = 100
 ) -> None:
     torch.manual_seed(0)
     # The fewer steps, the longer.

@@ -94,7 +94,7 @@ def test_many_candidates_give_the_exact_posterior_of_a_discrete_vae():
 @pytest.mark.parametrize("latent", LATENTS)
 def test_many_candidates_give_the_exact_posterior_of_a_grammar(latent: Any):
     rules = oracle.random_grammar(2, 3, temperature=0.7)
-    model, x = grammar.FixedPCFG(rules, latent), grammar.sentences([4, 2])
+    model, x = grammar.FixedModel(rules, latent), grammar.sentences([4, 2])
     samples = 20_000
     torch.manual_seed(0)
     latents = ImportancePosterior(proposals=50_000).sample(model, x, samples)

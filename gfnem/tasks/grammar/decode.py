@@ -15,7 +15,7 @@ from gfnem.inference import device_of, inference
 from gfnem.model import LatentVariableModel
 from gfnem.posterior import Posterior
 from gfnem.tasks.grammar.inference import inside
-from gfnem.tasks.grammar.model import GrammarModel, ParsingModel
+from gfnem.tasks.grammar.model import GrammarModel
 from gfnem.tasks.grammar.text.corpus import Sentences
 from gfnem.tasks.grammar.trees.tree import Trees
 
@@ -45,10 +45,10 @@ def parse(
     words: of each sentence as they are to be shown.
     decode: "mbr", the minimum-Bayes-risk tree of the span frequencies of `samples` draws of q;
         "marginals", that of exact span marginals where there are any (`span_marginals`);
-        "sample", one draw of q; "viterbi", the best tree of a context-free grammar, whose tree
-        prior, if any, has no part in it.
+        "sample", one draw of q; "viterbi", the best tree of the grammar, whose tree prior, if any,
+        has no part in it.
 
-    Raises UserError for another `decode`, and for "viterbi" where the grammar is not context-free.
+    Raises UserError for another `decode`, and for "viterbi" where the grammar is too large for it.
     """
     x = x.to(device_of(model))
     with inference(model, posterior):
@@ -60,10 +60,11 @@ def parse(
             trees = posterior.sample(model, x, 1).z
         elif decode != "viterbi":
             raise UserError(f"decode is {decode!r}; use 'mbr', 'marginals', 'sample' or 'viterbi'")
-        elif not isinstance(model, ParsingModel):
+        elif not isinstance(model, GrammarModel) or not model.tractable:
+            sizes = model.tractable_sizes if isinstance(model, GrammarModel) else ""
             raise UserError(
-                f"decode=viterbi needs a context-free grammar, which {type(model).__name__} is "
-                "not: use decode=mbr or decode=sample"
+                f"decode=viterbi needs exact inference, for which this {type(model).__name__} is "
+                f"too large{sizes}: use decode=mbr or decode=sample"
             )
         else:
             trees, _ = inside.viterbi(model.potentials(x))

@@ -20,8 +20,7 @@ from gfnem.model import LatentVariableModel, TractableModel
 from gfnem.posterior import Posterior
 from gfnem.tasks.grammar.decode import minimum_bayes_risk
 from gfnem.tasks.grammar.inference import inside
-from gfnem.tasks.grammar.model import GrammarModel, ParsingModel
-from gfnem.tasks.grammar.ncfg import AnnotatedModel
+from gfnem.tasks.grammar.model import GrammarModel
 from gfnem.tasks.grammar.scores import SentenceScores, baseline
 from gfnem.tasks.grammar.text.corpus import Corpus, GrammarData, Sentences
 from gfnem.tasks.grammar.trees.f1 import SpanCounts
@@ -308,7 +307,7 @@ class GrammarEvaluator:
         # What is exact is of the grammar alone. Where rules see the parent it takes as long as many
         # M-steps, so that only final evaluations have it.
         whose = "exact" if model.normalised else "grammar"
-        affordable = final or not isinstance(model, AnnotatedModel)
+        affordable = final or not isinstance(model, GrammarModel) or model.context_free
         exact = None
         if affordable and isinstance(model, GrammarModel) and model.tractable:
             exact = model.exact_posterior(x)
@@ -330,7 +329,7 @@ class GrammarEvaluator:
             figures[f"right_{whose}_edge"] = _right_edge(drawn)
         if exact is not None:
             trees[f"_{whose}_mbr"] = inside.minimum_bayes_risk(exact.span_marginals(), x.lengths)
-        if isinstance(model, ParsingModel) and final:
+        if isinstance(model, GrammarModel) and model.context_free and final:
             trees["_viterbi"], _ = inside.viterbi(model.potentials(x))
         return figures, trees
 

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional
 
 from gfnem.errors import UserError
-from gfnem.tasks.grammar.model import ParsingModel, check_positive
-from gfnem.tasks.grammar.rules.potentials import Grammar
+from gfnem.tasks.grammar.model import GrammarModel, check_positive
+from gfnem.tasks.grammar.rules.dense import DenseGrammar
 from gfnem.tasks.grammar.text.brackets import Reading
 from gfnem.tasks.grammar.text.corpus import UNKNOWN, GrammarData, Vocabulary
 from gfnem.tasks.grammar.trees.prior import TreePrior
@@ -19,7 +19,7 @@ from gfnem.tasks.grammar.trees.prior import TreePrior
 ROUNDS = 200
 
 
-class RandomPCFG(ParsingModel):
+class RandomPCFG(GrammarModel):
     """A PCFG with random rules, the truth of the sentences of `random_grammar`.
 
     nonterminals, preterminals: numbers of symbols, the start symbol not counted.
@@ -63,13 +63,13 @@ class RandomPCFG(ParsingModel):
         self.binary = logits(nonterminals, symbols * symbols)
         self.emission = logits(preterminals, vocabulary - 1)
 
-    def grammar(self) -> Grammar:
+    def grammar(self) -> DenseGrammar:
         symbols = self.nonterminals + self.preterminals
         known = self.emission.log_softmax(-1)
-        return Grammar(
+        return DenseGrammar(
             root=self.root.log_softmax(-1),
-            binary=self.binary.log_softmax(-1).unflatten(-1, (symbols, symbols)),
-            emission=functional.pad(known, (1, 0), value=-torch.inf),
+            binary=self.binary.log_softmax(-1).unflatten(-1, (symbols, symbols))[None],
+            emission=functional.pad(known, (1, 0), value=-torch.inf)[None],
         )
 
 

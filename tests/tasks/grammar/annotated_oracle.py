@@ -8,8 +8,8 @@ from math import exp
 import torch
 from torch import Tensor
 
-from gfnem.tasks.grammar.rules.annotated import DenseGrammar
-from gfnem.tasks.grammar.rules.factored import LowRankGrammar
+from gfnem.tasks.grammar.rules.dense import DenseGrammar
+from gfnem.tasks.grammar.rules.low_rank import LowRankGrammar
 from tests.tasks.grammar import oracle
 from tests.tasks.grammar.oracle import LabelledTree, Shape
 

@@ -16,7 +16,7 @@ from math import exp, inf, log
 import torch
 from torch import Tensor
 
-from gfnem.tasks.grammar.rules.potentials import Grammar
+from gfnem.tasks.grammar.rules.dense import DenseGrammar
 from gfnem.tasks.grammar.trees.tree import Trees
 
 Shape = frozenset[tuple[int, int]]
@@ -30,7 +30,7 @@ def random_grammar(
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
     temperature: float = 1.0,
-) -> Grammar:
+) -> DenseGrammar:
     """Normalised random rules; a low temperature makes them peaked. Same rules in any dtype."""
     generator = torch.Generator().manual_seed(seed)
     symbols = nonterminals + preterminals
@@ -39,11 +39,16 @@ def random_grammar(
         logits = torch.randn(*shape, generator=generator, dtype=torch.float64) / temperature
         return logits.log_softmax(-1).to(dtype)
 
-    return Grammar(
-        root=log_probabilities(nonterminals),
-        binary=log_probabilities(nonterminals, symbols**2).view(nonterminals, symbols, symbols),
-        emission=log_probabilities(preterminals, vocabulary),
+    return context_free(
+        log_probabilities(nonterminals),
+        log_probabilities(nonterminals, symbols**2).view(nonterminals, symbols, symbols),
+        log_probabilities(preterminals, vocabulary),
     )
+
+
+def context_free(root: Tensor, binary: Tensor, emission: Tensor) -> DenseGrammar:
+    """Rules root[A], binary[A, B, C] and emission[T, w], which see no parent."""
+    return DenseGrammar(root, binary[None], emission[None])
 
 
 def random_sentences(
@@ -106,10 +111,10 @@ def splits(shape: Shape) -> list[tuple[int, int, int]]:
 class Rules:
     """A grammar's probabilities as nested lists: root[A], binary[A][B][C], emission[T][w]."""
 
-    def __init__(self, grammar: Grammar):
+    def __init__(self, grammar: DenseGrammar):
         self.root = grammar.root.double().exp().tolist()
-        self.binary = grammar.binary.double().exp().tolist()
-        self.emission = grammar.emission.double().exp().tolist()
+        (self.binary,) = grammar.binary.double().exp().tolist()
+        (self.emission,) = grammar.emission.double().exp().tolist()
         # Trees of one sentence have most of their nodes in common.
         self.known: dict[tuple, list[tuple[int, int, float]]] = {}
 
@@ -154,12 +159,12 @@ def log_or_inf(probability: float) -> float:
     return log(probability) if probability > 0 else -inf
 
 
-def log_joint_labelled(grammar: Grammar, words: Sequence[int], tree: LabelledTree) -> float:
+def log_joint_labelled(grammar: DenseGrammar, words: Sequence[int], tree: LabelledTree) -> float:
     """log p(x, z) of a labelled tree."""
     return log_or_inf(Rules(grammar).joint(words, tree))
 
 
-def enumerate_labelled(grammar: Grammar, words: Sequence[int]) -> dict[LabelledTree, float]:
+def enumerate_labelled(grammar: DenseGrammar, words: Sequence[int]) -> dict[LabelledTree, float]:
     """log p(x, z) of every labelled tree over the sentence."""
     rules = Rules(grammar)
     return {
@@ -168,7 +173,7 @@ def enumerate_labelled(grammar: Grammar, words: Sequence[int]) -> dict[LabelledT
     }
 
 
-def enumerate_shapes(grammar: Grammar, words: Sequence[int]) -> dict[Shape, float]:
+def enumerate_shapes(grammar: DenseGrammar, words: Sequence[int]) -> dict[Shape, float]:
     """log p(x, shape) of every shape over the sentence, labels summed out."""
     total = dict.fromkeys(shapes(len(words)), 0.0)
     for tree, log_joint in enumerate_labelled(grammar, words).items():
@@ -176,7 +181,7 @@ def enumerate_shapes(grammar: Grammar, words: Sequence[int]) -> dict[Shape, floa
     return {shape: log_or_inf(probability) for shape, probability in total.items()}
 
 
-def log_partition(grammar: Grammar, words: Sequence[int]) -> float:
+def log_partition(grammar: DenseGrammar, words: Sequence[int]) -> float:
     """log p(x)."""
     return log_or_inf(sum(exp(p) for p in enumerate_shapes(grammar, words).values()))
 
@@ -187,7 +192,7 @@ def posterior(log_joint: dict) -> dict:
     return {z: exp(p) / total for z, p in log_joint.items()}
 
 
-def span_marginals(grammar: Grammar, words: Sequence[int]) -> dict[tuple[int, int], float]:
+def span_marginals(grammar: DenseGrammar, words: Sequence[int]) -> dict[tuple[int, int], float]:
     """p(span in z | x) of every span of at least two words."""
     length = len(words)
     marginals = {(i, j): 0.0 for i in range(length) for j in range(i + 2, length + 1)}
@@ -197,7 +202,7 @@ def span_marginals(grammar: Grammar, words: Sequence[int]) -> dict[tuple[int, in
     return marginals
 
 
-def expected_counts(grammar: Grammar, words: Sequence[int]) -> Grammar:
+def expected_counts(grammar: DenseGrammar, words: Sequence[int]) -> DenseGrammar:
     """How often each rule is used, expected under p(z, preterminals | x)."""
     rules = Rules(grammar)
     nonterminals, length = grammar.nonterminals, len(words)
@@ -214,12 +219,12 @@ def expected_counts(grammar: Grammar, words: Sequence[int]) -> Grammar:
             total = sum(p for _, _, p in ways)
             for b, c, p in ways:
                 share = probability * p / total
-                binary[labels[i, j], b, c] += share
+                binary[0, labels[i, j], b, c] += share
                 if k - i == 1:
-                    emission[b - nonterminals, words[i]] += share
+                    emission[0, b - nonterminals, words[i]] += share
                 if j - k == 1:
-                    emission[c - nonterminals, words[k]] += share
-    return Grammar(root, binary, emission)
+                    emission[0, c - nonterminals, words[k]] += share
+    return DenseGrammar(root, binary, emission)
 
 
 def tree_at(trees: Trees, index: int, sample: int = 0) -> LabelledTree:

@@ -23,7 +23,7 @@ from gfnem.tasks.grammar.trees.energy import Depth
 from gfnem.tasks.grammar.trees.prior import TreePrior
 from gfnem.tasks.grammar.verbs import parse_ensemble
 from tests.tasks.grammar import oracle
-from tests.tasks.grammar.tiny import FixedPCFG
+from tests.tasks.grammar.tiny import FixedModel
 
 WORDS = ["<unk>", "a", "b", "c", "d"]
 ORDERS = [WORDS, ["<unk>", "d", "b", "a", "c"], ["<unk>", "c", "a"]]
@@ -45,11 +45,11 @@ def data_of_words(
 def random_run(seed: int, data: GrammarData | None = None) -> EM:
     data = data or data_of_words(ORDERS[seed])
     rules = oracle.random_grammar(2, 2, len(data.vocabulary), seed=seed, temperature=0.5)
-    return EM(FixedPCFG(rules), ExactPosterior(), data, m_steps=1)
+    return EM(FixedModel(rules), ExactPosterior(), data, m_steps=1)
 
 
 def marginals_by_enumeration(em: EM, words: Sequence[str]) -> torch.Tensor:
-    assert isinstance(em.model, FixedPCFG) and isinstance(em.data, GrammarData)
+    assert isinstance(em.model, FixedModel) and isinstance(em.data, GrammarData)
     ids = [em.data.vocabulary.words.index(w) if w in em.data.vocabulary.words else 0 for w in words]
     table = torch.zeros(len(words) + 1, len(words) + 1, dtype=torch.float64)
     for span, probability in oracle.span_marginals(em.model.grammar(), ids).items():

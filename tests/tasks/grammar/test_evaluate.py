@@ -17,8 +17,8 @@ from gfnem.run import Run
 from gfnem.tasks.grammar.decode import bracketed, parse
 from gfnem.tasks.grammar.evaluate import GrammarEvaluator
 from gfnem.tasks.grammar.inference import inside
-from gfnem.tasks.grammar.model import ParsingModel
-from gfnem.tasks.grammar.rules.potentials import Grammar
+from gfnem.tasks.grammar.model import GrammarModel
+from gfnem.tasks.grammar.rules.dense import DenseGrammar
 from gfnem.tasks.grammar.text import sources as grammar_data
 from gfnem.tasks.grammar.text.brackets import Reading
 from gfnem.tasks.grammar.text.corpus import Corpus, GrammarData
@@ -83,12 +83,12 @@ def tree_of(words: list[str], spans: oracle.Shape):
     return build(0, len(words))
 
 
-class FixedGrammar(ParsingModel):
-    def __init__(self, grammar: Grammar):
+class FixedGrammar(GrammarModel):
+    def __init__(self, grammar: DenseGrammar):
         super().__init__()
         self.fixed = grammar
 
-    def grammar(self) -> Grammar:
+    def grammar(self) -> DenseGrammar:
         return self.fixed
 
     def sample(self, n, generator=None):
@@ -133,7 +133,10 @@ def right_branching_grammar() -> FixedGrammar:
     binary = torch.full((2, 3, 3), -inf)
     binary[0, 2, 1] = binary[1, 2, 0] = log(0.75)
     binary[:, 2, 2] = log(0.25)
-    return FixedGrammar(Grammar(torch.tensor([0.0, -inf]), binary, torch.full((1, 5), 1 / 5).log()))
+    grammar = oracle.context_free(
+        torch.tensor([0.0, -inf]), binary, torch.full((1, 5), 1 / 5).log()
+    )
+    return FixedGrammar(grammar)
 
 
 def counts(predicted: list[oracle.Shape], gold: list[oracle.Shape], lengths: list[int]):
@@ -548,7 +551,9 @@ def test_parse_without_a_context_free_grammar_leaves_nodes_unnamed():
     posterior = FixedPosterior([[left(3)]])
     (tree,) = parse(Intractable(), posterior, corpus.batch([0]), corpus.sentences)
     assert bracketed(tree) == "(S (X w0 w1) w2)"
-    with pytest.raises(UserError, match="decode=viterbi needs a context-free grammar, which Intr"):
+    with pytest.raises(
+        UserError, match="decode=viterbi needs exact inference, for which this Intractable is too"
+    ):
         parse(Intractable(), posterior, corpus.batch([0]), corpus.sentences, "viterbi")
 
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from gfnem.errors import UserError
-from gfnem.tasks.grammar.model import NeuralPCFG
-from gfnem.tasks.grammar.rules.potentials import Grammar
+from gfnem.tasks.grammar.networks import NeuralPCFG
+from gfnem.tasks.grammar.rules.dense import DenseGrammar
 from gfnem.tasks.grammar.text.corpus import Sentences
 from tests.tasks.grammar import oracle
 from tests.tasks.grammar.oracle import tree_at
@@ -20,6 +21,7 @@ from tests.tasks.grammar.tiny import (
     enumerate_trees,
     every_shape,
     float64,  # noqa: F401
+    log_likelihood,
     p_value,
     sentences,
     words_of,
@@ -36,9 +38,10 @@ def neural_pcfg(**options) -> NeuralPCFG:
     return NeuralPCFG(VOCABULARY, **options)
 
 
-def rules_of(model: NeuralPCFG) -> Grammar:
-    rules = model.grammar()
-    return Grammar(rules.root.detach(), rules.binary.detach(), rules.emission.detach())
+def rules_of(model: NeuralPCFG) -> DenseGrammar:
+    grammar = model.grammar().map(Tensor.detach)
+    assert isinstance(grammar, DenseGrammar)
+    return grammar
 
 
 def never_stops(**options) -> NeuralPCFG:
@@ -62,11 +65,11 @@ def every_sentence(max_length: int) -> Sentences:
 
 
 def test_rules_are_normalised():
-    grammar = neural_pcfg().grammar()
+    grammar = rules_of(neural_pcfg())
     assert grammar.root.shape == (2,)
-    assert grammar.binary.shape == (2, 5, 5)
-    assert grammar.emission.shape == (3, VOCABULARY)
-    for rules in (grammar.root, grammar.binary.flatten(1), grammar.emission):
+    assert grammar.binary.shape == (1, 2, 5, 5)
+    assert grammar.emission.shape == (1, 3, VOCABULARY)
+    for rules in (grammar.root, grammar.binary.flatten(2), grammar.emission):
         assert (rules.exp() > 0).all()
         torch.testing.assert_close(rules.logsumexp(-1), torch.zeros(rules.shape[:-1]))
 
@@ -80,12 +83,12 @@ def test_values_are_those_of_enumeration(latent):
     if latent == "labelled":
         z = model.sample_posterior(x, 20)
         assert z.labels is not None
-    value, log_likelihood = model.log_joint(x, z), model.log_likelihood(x)
-    assert value.requires_grad and log_likelihood.requires_grad
+    value, total = model.log_joint(x, z), log_likelihood(model, x)
+    assert value.requires_grad and total.requires_grad
     for index in range(len(x)):
         words = words_of(x, index)
         expected = oracle.log_partition(grammar, words)
-        assert log_likelihood[index].item() == pytest.approx(expected, abs=1e-10)
+        assert total[index].item() == pytest.approx(expected, abs=1e-10)
         if latent == "shape":
             joint: dict[Any, float] = oracle.enumerate_shapes(grammar, words)
             trees = [z.spans(index, sample) for sample in range(z.start.shape[1])]
@@ -108,9 +111,9 @@ def test_sampled_sentences_have_the_frequencies_of_their_likelihood():
     n = 8_000
     x, z = model.sample(n, torch.Generator().manual_seed(0))
     everything = every_sentence(model.max_length)
-    log_likelihood = model.log_likelihood(everything).tolist()
+    values = log_likelihood(model, everything).tolist()
     probabilities: dict[Any, float] = {
-        tuple(words_of(everything, index)): exp(value) for index, value in enumerate(log_likelihood)
+        tuple(words_of(everything, index)): exp(value) for index, value in enumerate(values)
     }
     fits = sum(probabilities.values())
     assert 0.2 < 1 - fits < 0.8
@@ -198,8 +201,8 @@ def test_nothing_is_redrawn_when_all_fits():
     assert len(x) == 50 and (x.lengths == 2).all()
     assert int(model.rejected) == 0
     assert (z.start == 0).all() and (z.end == 2).all()
-    assert model.log_likelihood(sentences([3], VOCABULARY)).item() < -500
-    torch.testing.assert_close(model.log_joint(x, z)[:, 0], model.log_likelihood(x))
+    assert log_likelihood(model, sentences([3], VOCABULARY)).item() < -500
+    torch.testing.assert_close(model.log_joint(x, z)[:, 0], log_likelihood(model, x))
 
 
 def test_the_same_generator_gives_the_same_draws():

@@ -10,13 +10,11 @@ import torch
 from gfnem.errors import UserError
 from gfnem.posteriors.mcmc import MCMC
 from gfnem.tasks.grammar.moves import Rotations
-from gfnem.tasks.grammar.rules.potentials import Grammar
 from tests.tasks.discrete_vae.tiny import make_model as make_vae
 from tests.tasks.grammar import annotated_oracle, oracle
 from tests.tasks.grammar.tiny import (
     LATENTS,
-    FixedNCFG,
-    FixedPCFG,
+    FixedModel,
     count_trees,
     enumerate_trees,
     float64,  # noqa: F401
@@ -43,7 +41,7 @@ def kernel_of(p: dict[oracle.Shape, float]) -> dict[oracle.Shape, dict[oracle.Sh
 
 def test_transitions_are_those_of_the_enumerated_kernel():
     """In a batch with shorter sentences, whose trees have two neighbours, one or none."""
-    model, x = FixedPCFG(GRAMMAR), sentences([5, 4, 2, 3])
+    model, x = FixedModel(GRAMMAR), sentences([5, 4, 2, 3])
     moves, repeats = Rotations(), 1_000
     condition = moves.condition(model, x)
     shapes = [oracle.shapes(length) for length in x.lengths.tolist()]
@@ -65,7 +63,7 @@ def test_transitions_are_those_of_the_enumerated_kernel():
 
 @pytest.mark.parametrize("latent", LATENTS)
 def test_chains_have_the_exact_posterior(latent):
-    model, x = FixedPCFG(GRAMMAR, latent), sentences([4, 2])
+    model, x = FixedModel(GRAMMAR, latent), sentences([4, 2])
     samples = 6_000
     torch.manual_seed(0)
     z = MCMC(Rotations(), samples, steps=5, burn_in=20).m_step_latents(model, x).z
@@ -79,7 +77,7 @@ def test_chains_have_the_exact_posterior(latent):
 
 def test_rules_that_see_the_parent_are_no_obstacle():
     grammar, x = annotated_oracle.random_grammar(3, 3), sentences([4, 3])
-    model = FixedNCFG(grammar, "labelled")
+    model = FixedModel(grammar, "labelled")
     samples = 6_000
     torch.manual_seed(0)
     z = MCMC(Rotations(), samples, steps=5, burn_in=20).m_step_latents(model, x).z
@@ -92,12 +90,13 @@ def test_rules_that_see_the_parent_are_no_obstacle():
 def test_chains_leave_trees_of_probability_zero():
     """A -> T A | A T | T T: a word at the edge of every span."""
     binary = torch.tensor([[[0.0, 0.3], [0.5, 0.2]]]).log()
-    grammar, x = Grammar(torch.zeros(1), binary, torch.zeros(1, 1)), sentences([5], vocabulary=1)
+    grammar = oracle.context_free(torch.zeros(1), binary, torch.zeros(1, 1))
+    x = sentences([5], vocabulary=1)
     log_joint = oracle.enumerate_shapes(grammar, words_of(x, 0))
     impossible = [shape for shape, value in log_joint.items() if value == -inf]
     assert len(impossible) == 6
     moves = Rotations()
-    condition = moves.condition(FixedPCFG(grammar), x)
+    condition = moves.condition(FixedModel(grammar), x)
     start = oracle.to_trees([impossible * 500], x.lengths).sizes
     torch.manual_seed(0)
     counts = count_trees(moves.latents(condition, moves.walk(condition, start, 40)), 0)
@@ -105,7 +104,7 @@ def test_chains_leave_trees_of_probability_zero():
 
 
 def test_chains_of_sentences_come_back_in_batches_of_other_lengths():
-    model, x, longer = FixedPCFG(GRAMMAR), sentences([3, 2]), sentences([3, 2, 6])
+    model, x, longer = FixedModel(GRAMMAR), sentences([3, 2]), sentences([3, 2, 6])
     posterior = MCMC(Rotations(), samples=2)
     for batch in (x, longer, x):
         z = posterior.m_step_latents(model, batch).z
@@ -115,7 +114,7 @@ def test_chains_of_sentences_come_back_in_batches_of_other_lengths():
 
 
 def test_the_grammar_is_computed_once_for_all_transitions(monkeypatch):
-    model, x = FixedPCFG(GRAMMAR), sentences([3, 2])
+    model, x = FixedModel(GRAMMAR), sentences([3, 2])
     calls = []
     potentials = model.potentials
     monkeypatch.setattr(model, "potentials", lambda x: calls.append(x) or potentials(x))

@@ -12,9 +12,9 @@ from gfnem.em import EM
 from gfnem.errors import UserError
 from gfnem.posteriors.exact import ExactPosterior
 from gfnem.tasks.grammar.decode import parse
-from gfnem.tasks.grammar.ncfg import NeuralNCFG
-from gfnem.tasks.grammar.rules.annotated import DenseGrammar
-from gfnem.tasks.grammar.rules.factored import LowRankGrammar
+from gfnem.tasks.grammar.networks import NeuralNCFG
+from gfnem.tasks.grammar.rules.dense import DenseGrammar
+from gfnem.tasks.grammar.rules.low_rank import LowRankGrammar
 from gfnem.tasks.grammar.text.sources import toy_english
 from gfnem.tasks.grammar.trees.tree import Trees
 from tests.tasks.grammar import annotated_oracle, oracle

@@ -14,16 +14,14 @@ from gfn.estimators import DiscretePolicyEstimator
 from scipy.stats import chisquare
 from torch import Tensor, nn
 
-from gfnem.tasks.grammar.model import ParsingModel
-from gfnem.tasks.grammar.ncfg import AnnotatedModel
+from gfnem.tasks.grammar.model import GrammarModel
 from gfnem.tasks.grammar.policies.env import ForestEnv
 from gfnem.tasks.grammar.policies.forest import ForestPolicy, Latent
 from gfnem.tasks.grammar.policies.light import LightPolicy
 from gfnem.tasks.grammar.policies.root_flow import RootFlowPolicy
 from gfnem.tasks.grammar.policies.transformer import TransformerPolicy
-from gfnem.tasks.grammar.rules.annotated import DenseGrammar
-from gfnem.tasks.grammar.rules.factored import LowRankGrammar
-from gfnem.tasks.grammar.rules.potentials import Grammar
+from gfnem.tasks.grammar.rules.dense import DenseGrammar
+from gfnem.tasks.grammar.rules.low_rank import LowRankGrammar
 from gfnem.tasks.grammar.text.corpus import Sentences
 from gfnem.tasks.grammar.trees.prior import TreePrior
 from gfnem.tasks.grammar.trees.tree import Trees
@@ -59,24 +57,8 @@ class OfGivenSentences:
         raise NotImplementedError("these rules are for given sentences")
 
 
-class FixedPCFG(OfGivenSentences, ParsingModel):
-    """A PCFG whose parameters are the rules' log-probabilities themselves."""
-
-    def __init__(self, grammar: Grammar, latent: Latent = "shape"):
-        super().__init__()
-        dtype = torch.get_default_dtype()
-        self.nonterminals = grammar.nonterminals
-        self.root = nn.Parameter(grammar.root.to(dtype))
-        self.binary = nn.Parameter(grammar.binary.to(dtype))
-        self.emission = nn.Parameter(grammar.emission.to(dtype))
-        self.latent = latent
-
-    def grammar(self) -> Grammar:
-        return Grammar(self.root, self.binary, self.emission)
-
-
-class FixedNCFG(OfGivenSentences, AnnotatedModel):
-    """A grammar that sees the parent, whose parameters are the rules' log-probabilities."""
+class FixedModel(OfGivenSentences, GrammarModel):
+    """A grammar whose parameters are the rules' log-probabilities themselves."""
 
     def __init__(
         self,
@@ -86,7 +68,6 @@ class FixedNCFG(OfGivenSentences, AnnotatedModel):
     ):
         super().__init__(latent, tree_prior=tree_prior)
         dtype = torch.get_default_dtype()
-        self.nonterminals = grammar.nonterminals
         self.root = nn.Parameter(grammar.root.to(dtype))
         self.binary = nn.Parameter(grammar.binary.to(dtype))
         self.emission = nn.Parameter(grammar.emission.to(dtype))
@@ -95,16 +76,22 @@ class FixedNCFG(OfGivenSentences, AnnotatedModel):
         return DenseGrammar(self.root, self.binary, self.emission)
 
 
-class FixedLowRankNCFG(OfGivenSentences, AnnotatedModel):
+class FixedLowRank(OfGivenSentences, GrammarModel):
     """The same of rules of low rank."""
 
     def __init__(self, grammar: LowRankGrammar, latent: Latent = "shape"):
         super().__init__(latent)
-        self.nonterminals, self.rank = grammar.nonterminals, len(grammar.left)
         self.tables = nn.ParameterList(vars(grammar).values())
 
     def grammar(self) -> LowRankGrammar:
         return LowRankGrammar(*self.tables)
+
+
+def log_likelihood(model: GrammarModel, x: Sentences) -> Tensor:
+    """Of a tractable model."""
+    value = model.log_likelihood(x)
+    assert value is not None
+    return value
 
 
 def sentences(lengths: Sequence[int], vocabulary: int = VOCABULARY, seed: int = 0) -> Sentences:
@@ -122,7 +109,7 @@ def only(x: Sentences, index: int) -> Sentences:
     return Sentences(x.words[None, index, :length], x.lengths[None, index], x.ids[None, index])
 
 
-def sparse_grammar(seed: int = 0) -> Grammar:
+def sparse_grammar(seed: int = 0) -> DenseGrammar:
     """A random grammar without half of its rules and without its last two words."""
     grammar = oracle.random_grammar(seed=seed, vocabulary=VOCABULARY)
     generator = torch.Generator().manual_seed(seed)
@@ -132,8 +119,8 @@ def sparse_grammar(seed: int = 0) -> Grammar:
         return torch.where(kept, log_probability, -inf)
 
     emission = grammar.emission.clone()
-    emission[:, -2:] = -inf
-    return Grammar(grammar.root, thin(grammar.binary), thin(emission))
+    emission[..., -2:] = -inf
+    return DenseGrammar(grammar.root, thin(grammar.binary), thin(emission))
 
 
 def make_policy(
@@ -166,7 +153,9 @@ def make_policy(
     return policy
 
 
-def enumerate_trees(grammar: Grammar, words: Sequence[int], latent: Latent) -> dict[Any, float]:
+def enumerate_trees(
+    grammar: DenseGrammar, words: Sequence[int], latent: Latent
+) -> dict[Any, float]:
     """log p(x, z) of every z."""
     if latent == "shape":
         return oracle.enumerate_shapes(grammar, words)

@@ -26,7 +26,7 @@ from gfnem.tasks.tree_prior.evaluate import (
 from gfnem.tasks.tree_prior.model import ShapeModel
 from gfnem.tasks.tree_prior.moves import ShapeRotations
 from tests.tasks.grammar import oracle
-from tests.tasks.grammar.tiny import FixedPCFG, count_trees, p_value
+from tests.tasks.grammar.tiny import FixedModel, count_trees, p_value
 
 
 def noisy_model(seed: int = 0) -> ShapeModel:
@@ -179,9 +179,9 @@ def test_what_cannot_be():
         ShapeModel(width=0)
     with pytest.raises(UserError, match="^evaluator.samples is 0; it must be at least 1$"):
         ShapeEvaluator(Few(), samples=0)
-    message = "^posterior.moves=ShapeRotations are of model=tree_energy, which FixedPCFG is not"
+    message = "^posterior.moves=ShapeRotations are of model=tree_energy, which FixedModel is not"
     with pytest.raises(UserError, match=message):
-        ShapeRotations().condition(FixedPCFG(oracle.random_grammar()), Few().x)
+        ShapeRotations().condition(FixedModel(oracle.random_grammar()), Few().x)
     with pytest.raises(NotImplementedError, match="^how long sentences are is no part"):
         ShapeModel().sample(3)
 

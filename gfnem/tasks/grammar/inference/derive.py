@@ -15,11 +15,11 @@ from gfnem.tasks.grammar.trees.tree import Trees
 
 
 class Rules(NamedTuple):
-    """How a grammar's rules are drawn. A context is the nonterminal above, or S, which comes last.
+    """How a grammar's rules are drawn.
 
     root: p(S -> A).
-    expand: nonterminals and their contexts -> left and right children.
-    emit: preterminals and their contexts -> words.
+    expand: nonterminals and the labels above, of which S is the last -> left and right children.
+    emit: preterminals and the labels above -> words.
     """
 
     root: Float[Tensor, "nonterminals"]

@@ -1,22 +1,25 @@
-"""Messages along given trees: log p(x, tree) with labels given or summed out, and labels drawn.
+"""Messages along given trees: log p(x, shape), and labels drawn.
 
-A node's message in[A] is the probability of the words under it given label A, summed over the
-labels below. Messages go bottom-up, one level of all trees of the batch at a time.
+A node's message m[P, A] is the probability of the words under it given label A with context P
+above it, summed over the labels below. Messages go bottom-up, one level of all trees of the batch
+at a time; what rules make of the messages of two children, their families know (`Potentials`).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gfnem.categorical import sample_categorical
-from gfnem.tasks.grammar.rules.annotated import AnnotatedPotentials, ContextPotentials
-from gfnem.tasks.grammar.rules.potentials import MergePotentials, Potentials
-from gfnem.tasks.grammar.rules.products import matrix_vector, times_narrow
-from gfnem.tasks.grammar.trees.levels import INNER, LEAVES, WORD_LEFT, WORD_RIGHT, Levels
+from gfnem.tasks.grammar.rules.grammar import Potentials
+from gfnem.tasks.grammar.rules.messages import Kept
+from gfnem.tasks.grammar.trees.levels import INNER, LEAVES, WORD_LEFT, Levels
 from gfnem.tasks.grammar.trees.tree import Trees
 
 
@@ -27,29 +30,16 @@ class NodeMessages(NamedTuple):
     log_scale: the logarithm of what it was divided by.
     """
 
-    message: Float[Tensor, "total ..."]
+    message: Float[Tensor, "total contexts nonterminals"]
     log_scale: Float[Tensor, "total"]
 
     def select(self, nodes: slice | Int[Tensor, "nodes"]) -> NodeMessages:
         return NodeMessages(self.message[nodes], self.log_scale[nodes])
 
-    def log_whole(
-        self, levels: Levels, root: Float[Tensor, "nonterminals"]
-    ) -> Float[Tensor, "rows"]:
-        """log-probability of each tree and its words, up to their scales, given p(S -> A)."""
-        # Where rules see the parent, that of a tree's root is S, which comes last.
-        top = self.message[levels.root].reshape(len(levels.root), -1, len(root))[:, -1]
-        return (top @ root).log() + self.log_scale[levels.root]
-
-
-def _word_left(levels: Levels, table: Tensor, chosen: slice) -> Tensor:
-    """Entries [A, C] of the nodes whose left child is a word."""
-    return table[levels.sentence[chosen], levels.start[chosen]]
-
-
-def _word_right(levels: Levels, table: Tensor, chosen: slice) -> Tensor:
-    """Entries [A, B] of the nodes whose right child is a word."""
-    return table[levels.sentence[chosen], levels.end[chosen] - 1]
+    def log_whole(self, levels: Levels, potentials: Potentials) -> Float[Tensor, "rows"]:
+        """log-probability of each tree and its words, up to their scales."""
+        top = self.message[levels.root, potentials.contexts.root]
+        return (top @ potentials.root).log() + self.log_scale[levels.root]
 
 
 def positive(x: Tensor) -> Tensor:
@@ -57,129 +47,104 @@ def positive(x: Tensor) -> Tensor:
     return torch.where(x > 0, x, 1.0)
 
 
+@dataclass(frozen=True)
+class _Upward:
+    """Of all nodes of some trees.
+
+    messages: of all nodes.
+    factor: the maxima that their messages were divided by.
+    kept: what merges remember, by the first node of their slice.
+    """
+
+    messages: NodeMessages
+    factor: Float[Tensor, "total"]
+    kept: dict[int, Kept]
+
+
 def upward(
     potentials: Potentials, levels: Levels, known: NodeMessages | None = None
 ) -> NodeMessages:
-    """Messages of all nodes, given those of the nodes that `levels` says are known."""
-    p = potentials
-    message, _, log_scale = _upward(levels, p.rules, p.left, p.right, p.both, known)
-    return NodeMessages(message, log_scale)
+    """Messages of all nodes, given those that `levels` says are known."""
+    return _upward(potentials, levels, known).messages
 
 
-def _upward(
-    levels: Levels,
-    rules: Tensor,
-    left: Tensor,
-    right: Tensor,
-    both: Tensor,
-    known: NodeMessages | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Messages scaled to maximum 1, the factors that scaled them, and their total log-scales."""
-    total, nonterminals = len(levels.row), rules.shape[0]
-    message = rules.new_empty(total, nonterminals)
-    factor = rules.new_empty(total, 1)
-    log_scale = rules.new_zeros(total, 1)
+def _upward(potentials: Potentials, levels: Levels, known: NodeMessages | None = None) -> _Upward:
+    of_two_words = potentials.two_words()
+    message = of_two_words.new_empty(len(levels.row), *of_two_words.shape[2:])
+    factor = message.new_empty(len(levels.row))
+    # A word's place is -1, the last: its scale is 0.
+    log_scale = message.new_zeros(len(levels.row) + 1)
+    kept: dict[int, Kept] = {}
     if known is not None:
-        message[: levels.known] = known.message
-        log_scale[: levels.known, 0] = known.log_scale
-    flat_rules = rules.reshape(nonterminals, -1).t()
+        message[: levels.known], log_scale[: levels.known] = known
     for kind, first, behind in levels.slices:
         nodes = slice(first, behind)
+        sentence, left, right = levels.sentence[nodes], levels.left[nodes], levels.right[nodes]
         if kind == LEAVES:
-            raw = both[levels.sentence[nodes], levels.gap[nodes]]
+            raw = of_two_words[sentence, levels.gap[nodes]]
+        elif kind == INNER:
+            raw, kept[first] = potentials.two_nodes(message[left], message[right])
         elif kind == WORD_LEFT:
-            child = levels.right[nodes]
-            raw = matrix_vector(_word_left(levels, left, nodes), message[child])
-            log_scale[nodes] = log_scale[child]
-        elif kind == WORD_RIGHT:
-            child = levels.left[nodes]
-            raw = matrix_vector(_word_right(levels, right, nodes), message[child])
-            log_scale[nodes] = log_scale[child]
+            word, child = levels.start[nodes], message[right]
+            raw, kept[first] = potentials.word_on_left(sentence, word, child)
         else:
-            a, b = levels.left[nodes], levels.right[nodes]
-            pairs = (message[a][:, :, None] * message[b][:, None]).flatten(1)
-            raw = times_narrow(pairs, flat_rules)
-            log_scale[nodes] = log_scale[a] + log_scale[b]
-        largest = raw.amax(-1, keepdim=True)
+            word, child = levels.end[nodes] - 1, message[left]
+            raw, kept[first] = potentials.word_on_right(sentence, word, child)
+        largest = raw.amax((1, 2))
         factor[nodes] = positive(largest)
-        message[nodes] = raw / factor[nodes]
-        log_scale[nodes] += largest.log()
-    return message, factor, log_scale.squeeze(1)
+        message[nodes] = raw / factor[nodes, None, None]
+        log_scale[nodes] = log_scale[left] + log_scale[right] + largest.log()
+    return _Upward(NodeMessages(message, log_scale[:-1]), factor, kept)
 
 
 class _LogJointShape(torch.autograd.Function):
     """log p(x, shape) up to the words' scales, with an outside pass as its backward pass.
 
-    The gradient of log p with respect to a rule is its expected count, sum over nodes of
-    out[A] l[B] r[C] / p, which is one matrix product over all nodes; nothing of the size of the
-    rules is built for any single node.
+    The gradient of log p with respect to a rule is its expected count: one sum over all nodes;
+    nothing of the size of the rules is built for any single node.
     """
 
     @staticmethod
-    def forward(ctx, root, rules, left, right, both, levels: Levels):  # pyright: ignore
-        message, factor, log_scale = _upward(levels, rules, left, right, both)
-        ctx.save_for_backward(root, rules, left, right, both, message, factor)
-        ctx.levels = levels
-        return NodeMessages(message, log_scale).log_whole(levels, root)
+    def forward(ctx, potentials: Potentials, levels: Levels, *tables: Tensor):  # pyright: ignore
+        ctx.potentials, ctx.levels = potentials, levels
+        ctx.up = _upward(potentials, levels)
+        return ctx.up.messages.log_whole(levels, potentials)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor):  # pyright: ignore
-        (grad,) = grads
-        root, rules, left, right, both, message, factor = ctx.saved_tensors
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # pyright: ignore
+        potentials: Potentials = ctx.potentials
         levels: Levels = ctx.levels
-        nonterminals = rules.shape[0]
-        flat_rules = rules.reshape(nonterminals, -1)
-        top = message[levels.root]
+        up: _Upward = ctx.up
+        message, context = up.messages.message, potentials.contexts.root
+        root, top = potentials.root, message[levels.root, context]
         probability = top @ root
         # A tree of probability zero has no gradient.
-        weight = torch.where(probability > 0, grad, 0.0)
-        # outside[v] is kept such that outside[v] . message[v] = 1.
+        seed = torch.where(probability > 0, grad, 0.0) / positive(probability)
+        # The gradients of the scaled messages; of children but in the contexts that labels make.
         outside = torch.zeros_like(message)
-        outside[levels.root] = root / positive(probability)[:, None]
-        grad_root = (weight / positive(probability)) @ top
-
-        def descend(child: Tensor, value: Tensor) -> None:
-            inner = (value * message[child]).sum(-1, keepdim=True)
-            outside[child] = value / positive(inner)
-
+        outside[levels.root, context] = seed[:, None] * root
+        below = outside[:, : potentials.contexts.inner]
+        gradients = potentials.merge_gradients()
         for kind, first, behind in reversed(levels.slices):
             nodes = slice(first, behind)
-            out = outside[nodes]
-            if kind == WORD_LEFT:
-                table = _word_left(levels, left, nodes)
-                descend(levels.right[nodes], matrix_vector(table.mT, out))
-            elif kind == WORD_RIGHT:
-                table = _word_right(levels, right, nodes)
-                descend(levels.left[nodes], matrix_vector(table.mT, out))
-            elif kind == INNER:
-                a, b = levels.left[nodes], levels.right[nodes]
-                pair = (out @ flat_rules).unflatten(1, (nonterminals, nonterminals))
-                descend(a, matrix_vector(pair, message[b]))
-                descend(b, matrix_vector(pair.mT, message[a]))
-
-        share = outside * (weight[levels.row, None] / factor)
-        grad_left, grad_right = torch.zeros_like(left), torch.zeros_like(right)
-        grad_both, grad_rules = torch.zeros_like(both), torch.zeros_like(rules)
-        length = left.shape[1]
-        for kind in (LEAVES, WORD_LEFT, WORD_RIGHT, INNER):
-            nodes = levels.of_kind(kind)
-            out, sentence = share[nodes], levels.sentence[nodes]
+            sentence, left, right = levels.sentence[nodes], levels.left[nodes], levels.right[nodes]
+            out = outside[nodes] / up.factor[nodes, None, None]
             if kind == LEAVES:
-                at = sentence * both.shape[1] + levels.gap[nodes]
-                grad_both.flatten(0, 1).index_add_(0, at, out)
+                gradients.two_words(sentence, levels.gap[nodes], out)
+            elif kind == INNER:
+                below[left], below[right] = gradients.two_nodes(
+                    message[left], message[right], up.kept[first], out
+                )
             elif kind == WORD_LEFT:
-                at = sentence * length + levels.start[nodes]
-                counts = out[:, :, None] * message[levels.right[nodes]][:, None]
-                grad_left.flatten(0, 1).index_add_(0, at, counts)
-            elif kind == WORD_RIGHT:
-                at = sentence * length + levels.end[nodes] - 1
-                counts = out[:, :, None] * message[levels.left[nodes]][:, None]
-                grad_right.flatten(0, 1).index_add_(0, at, counts)
+                below[right] = gradients.word_on_left(
+                    sentence, levels.start[nodes], message[right], up.kept[first], out
+                )
             else:
-                a, b = message[levels.left[nodes]], message[levels.right[nodes]]
-                counts = out.t() @ (a[:, :, None] * b[:, None]).flatten(1)
-                grad_rules += counts.view_as(rules)
-        return grad_root, grad_rules, grad_left, grad_right, grad_both, None
+                below[left] = gradients.word_on_right(
+                    sentence, levels.end[nodes] - 1, message[left], up.kept[first], out
+                )
+        return None, None, seed @ top, *gradients.tables()
 
 
 def log_joint_shape(potentials: Potentials, trees: Trees) -> Float[Tensor, "batch samples"]:
@@ -188,121 +153,57 @@ def log_joint_shape(potentials: Potentials, trees: Trees) -> Float[Tensor, "batc
     Its gradient costs about as much as the value and is exact; -inf, with gradient zero, where the
     grammar gives a shape no probability.
     """
-    value = _LogJointShape.apply(
-        potentials.root,
-        potentials.rules,
-        potentials.left,
-        potentials.right,
-        potentials.both,
-        Levels.of(trees),
-    )
+    value = _LogJointShape.apply(potentials, Levels.of(trees), *potentials.tables())
     return value.view(trees.start.shape[:2]) + potentials.total_log_scale[:, None]
 
 
-def log(x: Tensor) -> Tensor:
-    """log x with gradient zero, not NaN, where x is zero."""
-    return torch.where(x > 0, positive(x).log(), -torch.inf)
-
-
-def log_joint_labelled(potentials: Potentials, trees: Trees) -> Float[Tensor, "batch samples"]:
-    """log p(x, labelled tree), preterminals summed over each word, by gathers.
-
-    Raises ValueError when the trees have no labels.
-    """
-    rules = rule_scores(potentials, trees).sum(-1)
-    return rules + root_score(potentials, trees) + potentials.total_log_scale[:, None]
-
-
-def root_score(
-    potentials: Potentials | ContextPotentials, trees: Trees
-) -> Float[Tensor, "batch samples"]:
-    """log p(S -> A) of each tree's topmost label."""
-    return log(potentials.root[trees.top_labels()])
-
-
-def rule_scores(
-    potentials: Potentials | ContextPotentials,
-    trees: Trees,
-    context: Int[Tensor, "batch samples nodes"] | None = None,
-) -> Float[Tensor, "batch samples nodes"]:
-    """log-probability of the rule at each node, up to the scales of its words; 0 for no node.
-
-    context: the symbol above each node; None where rules do not see it.
-
-    Raises ValueError when the trees have no labels.
-    """
-    if trees.labels is None:
-        raise ValueError("labelled trees are needed; these are shapes")
-    if isinstance(potentials, Potentials):
-        potentials = AnnotatedPotentials.of_context_free(potentials)
-        context = torch.zeros_like(trees.labels)
-    assert context is not None
-    exists = trees.exists
-    sentence = torch.arange(len(exists), device=exists.device)[:, None, None].expand_as(exists)
-    at = (sentence, trees.start, trees.end, trees.labels, context, *trees.child_labels())
-    values = log(potentials.rule_probabilities(*(index[exists] for index in at)))
-    return values.new_zeros(exists.shape).masked_scatter(exists, values)
-
-
-def inside_scores(
+def shape_scores(
     potentials: Potentials, trees: Trees
 ) -> tuple[Float[Tensor, "batch samples nodes"], Float[Tensor, "batch samples"]]:
-    """What the grammar says of the words under each node, and log p(x, tree); no gradients.
+    """What the grammar says of the words under each node of shapes, and log p(x, shape).
 
-    The former is log sum over A of p(words under the node, shape below it | A) for shapes and
-    log p(words, labels below | the node's label) for labelled trees.
+    The former is the logarithm of sum over A of p(words under the node, shape below it | A, P),
+    averaged over the contexts P that labels make. No gradients.
     """
-    words = scales_under(potentials, trees)
-    if trees.labels is not None:
-        rules = rule_scores(potentials, trees)
-        scores = torch.where(under(trees), rules[..., None, :], 0.0).sum(-1) + words
-        top = scores.gather(-1, trees.sizes.argmax(-1, keepdim=True)).squeeze(-1)
-        return scores, top + root_score(potentials, trees)
     levels = Levels.of(trees)
     messages = upward(potentials, levels)
-    nodes = levels.by_gap(messages.message.sum(-1).log() + messages.log_scale, trees)
-    whole = messages.log_whole(levels, potentials.root).view(words.shape[:2])
-    return nodes + words, whole + potentials.total_log_scale[:, None]
+    inner = torch.zeros_like(levels.row, dtype=torch.bool)
+    nodes = potentials.average(messages.message, inner).sum(-1).log() + messages.log_scale
+    whole = messages.log_whole(levels, potentials).view(trees.start.shape[:2])
+    log_joint = whole + potentials.total_log_scale[:, None]
+    return levels.by_gap(nodes, trees) + scales_under(potentials, trees), log_joint
 
 
-def scales_under(potentials: MergePotentials, trees: Trees) -> Float[Tensor, "batch samples nodes"]:
+def scales_under(potentials: Potentials, trees: Trees) -> Float[Tensor, "batch samples nodes"]:
     """The sum of the scales of the words under each node."""
     word = torch.arange(potentials.log_scale.shape[1], device=trees.start.device)
     below = (word >= trees.start[..., None]) & (word < trees.end[..., None])
     return (below * potentials.log_scale[:, None, None]).sum(-1)
 
 
-def under(trees: Trees) -> Bool[Tensor, "batch samples nodes nodes"]:
-    """Which nodes, along the last axis, lie under each node; a node lies under itself."""
-    inside = (trees.start[..., None, :] >= trees.start[..., None]) & (
-        trees.end[..., None, :] <= trees.end[..., None]
-    )
-    return inside & trees.exists[..., None, :]
-
-
+@torch.no_grad()
 def sample_labels(
     potentials: Potentials, trees: Trees, generator: torch.Generator | None = None
 ) -> Trees:
     """The same trees with nonterminals drawn from the exact p(labels | shape, x), top-down."""
-    levels = Levels.of(trees)
-    rules, nonterminals = potentials.rules, potentials.rules.shape[0]
-    message, _ = upward(potentials, levels)
+    draw = partial(sample_categorical, generator=generator)
+    levels, contexts = Levels.of(trees), potentials.contexts
+    message = upward(potentials, levels).message
     label = torch.zeros_like(levels.row)
-    label[levels.root] = sample_categorical(potentials.root * message[levels.root], generator)
+    above = torch.full_like(label, contexts.labels)
+    label[levels.root] = draw(potentials.root * message[levels.root, contexts.root])
     for kind, first, behind in reversed(levels.slices):
         nodes = slice(first, behind)
-        above, row = label[nodes], torch.arange(behind - first, device=label.device)
-        if kind == WORD_LEFT:
-            child = levels.right[nodes]
-            table = _word_left(levels, potentials.left, nodes)[row, above]
-            label[child] = sample_categorical(table * message[child], generator)
-        elif kind == WORD_RIGHT:
-            child = levels.left[nodes]
-            table = _word_right(levels, potentials.right, nodes)[row, above]
-            label[child] = sample_categorical(table * message[child], generator)
-        elif kind == INNER:
-            a, b = levels.left[nodes], levels.right[nodes]
-            weights = rules[above] * message[a][:, :, None] * message[b][:, None]
-            drawn = sample_categorical(weights.flatten(1), generator)
-            label[a], label[b] = drawn // nonterminals, drawn % nonterminals
+        sentence, own, context = levels.sentence[nodes], label[nodes], contexts.under(above[nodes])
+        left, right, below = levels.left[nodes], levels.right[nodes], contexts.under(own)
+        if kind == INNER:
+            on_left, on_right = message[left, below], message[right, below]
+            label[left], label[right] = potentials.draw_pairs(own, context, on_left, on_right, draw)
+            above[left] = above[right] = own
+        elif kind == WORD_LEFT:
+            rules = potentials.word_left_rules(sentence, levels.start[nodes], own, context)
+            label[right], above[right] = draw(rules * message[right, below]), own
+        elif kind != LEAVES:
+            rules = potentials.word_right_rules(sentence, levels.end[nodes] - 1, own, context)
+            label[left], above[left] = draw(rules * message[left, below]), own
     return levels.labelled(trees, label)

@@ -6,21 +6,16 @@ below them are computed anew, which are about as many as the tree is high.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from gfnem.tasks.grammar.inference.messages import NodeMessages
-from gfnem.tasks.grammar.rules.annotated import ContextPotentials
-from gfnem.tasks.grammar.rules.potentials import Potentials
+from gfnem.tasks.grammar.inference.messages import NodeMessages, upward
+from gfnem.tasks.grammar.rules.grammar import Potentials
 from gfnem.tasks.grammar.trees.levels import Levels
 from gfnem.tasks.grammar.trees.tree import Trees
-
-# Messages of the nodes of some levels, given those of nodes that are known.
-Upward = Callable[[Levels, NodeMessages | None], NodeMessages]
 
 
 class _Kept(NamedTuple):
@@ -46,12 +41,10 @@ class ShapeDensity:
     """Called with trees it gives log p(x, shape), without gradients.
 
     potentials: the grammar with the words of a batch summed in.
-    upward: its messages.
     """
 
-    def __init__(self, potentials: Potentials | ContextPotentials, upward: Upward):
+    def __init__(self, potentials: Potentials):
         self.potentials = potentials
-        self.upward = upward
         self._kept: _Kept | None = None
         self._seen: _Seen | None = None
 
@@ -59,7 +52,7 @@ class ShapeDensity:
     def __call__(self, trees: Trees) -> Float[Tensor, "batch samples"]:
         if self._kept is None:
             levels = Levels.of(trees)
-            messages = self.upward(levels, None)
+            messages = upward(self.potentials, levels)
             at = levels.places(trees)
             # The first trees are taken at once.
             self._kept = _Kept(
@@ -69,10 +62,12 @@ class ShapeDensity:
             is_root = trees.sizes == trees.lengths[:, None, None] - 1
             levels = Levels.of(trees, changed(trees, self._kept.trees) | is_root)
             at = levels.places(trees)
-            messages = self.upward(levels, self._kept.messages.select(at[: levels.known]))
+            messages = upward(
+                self.potentials, levels, self._kept.messages.select(at[: levels.known])
+            )
         computed = slice(levels.known, None)
         self._seen = _Seen(trees, levels.row[computed], at[computed], messages.select(computed))
-        whole = messages.log_whole(levels, self.potentials.root).view(trees.start.shape[:2])
+        whole = messages.log_whole(levels, self.potentials).view(trees.start.shape[:2])
         return whole + self.potentials.total_log_scale[:, None]
 
     def take(self, taken: Bool[Tensor, "batch samples"]) -> None:

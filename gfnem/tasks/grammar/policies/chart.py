@@ -40,26 +40,12 @@ from gfnem.gflownet.policy import (
 )
 from gfnem.gflownet.sequence_env import SequenceEnv
 from gfnem.model import LatentVariableModel
-from gfnem.tasks.grammar.inference.annotated_messages import contexts
-from gfnem.tasks.grammar.inference.messages import root_score, rule_scores
-from gfnem.tasks.grammar.model import GrammarModel, ParsingModel, check_latent
-from gfnem.tasks.grammar.ncfg import AnnotatedModel
+from gfnem.tasks.grammar.inference.labelled import labels_above, root_score, rule_scores
+from gfnem.tasks.grammar.model import GrammarModel, check_latent
 from gfnem.tasks.grammar.policies.encoder import SpanEncoder, SpanEncoding
-from gfnem.tasks.grammar.policies.guide import (
-    Guide,
-    cluster_parents,
-    context_free,
-    relaxed,
-    unguided,
-)
+from gfnem.tasks.grammar.policies.guide import Guide, cluster_parents, exact, relaxed, unguided
 from gfnem.tasks.grammar.policies.splits import ChartCondition, Spans, finite_log
-from gfnem.tasks.grammar.rules.annotated import (
-    AnnotatedGrammar,
-    AnnotatedPotentials,
-    ContextPotentials,
-)
-from gfnem.tasks.grammar.rules.factored import FactoredPotentials
-from gfnem.tasks.grammar.rules.potentials import Grammar, Potentials
+from gfnem.tasks.grammar.rules.grammar import Grammar, Potentials
 from gfnem.tasks.grammar.text.corpus import Sentences
 from gfnem.tasks.grammar.trees.tree import Trees
 
@@ -78,9 +64,9 @@ class ChartPolicy(NumberedPolicy):
     latent: "shape" or "labelled".
     guide: "exact", the grammar's own inside scores; or "relaxation", those of a grammar with rules
         averaged over clusters of parents, as often as the last samples had them; spans of two words
-        are exact under their parent. A grammar that is context-free is its own relaxation. Or
+        are exact under their parent. A grammar that is above-free is its own relaxation. Or
         "none": the rules and the encoder are on their own.
-    clusters: of parents that the relaxation tells apart; one makes it context-free, and each costs
+    clusters: of parents that the relaxation tells apart; one makes it above-free, and each costs
         about as much as one parent does in exact scores, which tell all apart. None: 8, or as many
         as there are parents, and one where rules are of low rank, whose exact scores cost less.
     width: of the encoder's layers.
@@ -137,12 +123,12 @@ class ChartPolicy(NumberedPolicy):
         self._envs: dict[tuple[int, str], ChartEnv] = {}
 
     def check(self, model: LatentVariableModel) -> None:
-        if not isinstance(model, ParsingModel | AnnotatedModel):
+        if not isinstance(model, GrammarModel):
             raise UserError(
                 f"{type(self).__name__} reads the rules of a grammar, of which "
                 f"{type(model).__name__} has none: use another policy"
             )
-        if self.clusters is not None and not isinstance(model, AnnotatedModel):
+        if self.clusters is not None and model.context_free:
             raise UserError(
                 f"policy.clusters={self.clusters}: rules of {type(model).__name__} see no parent; "
                 "use policy.clusters=null"
@@ -158,12 +144,9 @@ class ChartPolicy(NumberedPolicy):
         grammar = model.grammar()
         with torch.set_grad_enabled(gradients and self.latent == "shape"):
             model_potentials = grammar.potentials(x.words, x.lengths)
-        potentials = model_potentials
-        if isinstance(potentials, Potentials):
-            potentials = AnnotatedPotentials.of_context_free(potentials)
-        potentials = potentials.detach()
+        potentials = model_potentials.detach()
         with torch.no_grad():
-            guide = self._guide(model, grammar, potentials)
+            guide = self._guide(grammar, potentials)
 
         def encode() -> SpanEncoding:
             # Whoever asks first, sampling without gradients perhaps, asks for all.
@@ -175,23 +158,14 @@ class ChartPolicy(NumberedPolicy):
         )
         return self.last_condition
 
-    def _guide(
-        self,
-        model: GrammarModel,
-        grammar: Grammar | AnnotatedGrammar,
-        potentials: ContextPotentials,
-    ) -> Guide:
+    def _guide(self, grammar: Grammar, potentials: Potentials) -> Guide:
         if self.guide == "none":
             return unguided(potentials)
-        if isinstance(grammar, Grammar):
-            return context_free(potentials)
-        assert isinstance(model, AnnotatedModel)
-        if self.guide == "exact":
-            return Guide(*model.chart(potentials))
+        if self.guide == "exact" or potentials.contexts.total == 1:
+            return exact(potentials)
         count = self.clusters
         if count is None:
-            low_rank = isinstance(potentials, FactoredPotentials)
-            count = 1 if low_rank else min(CLUSTERS, self.nonterminals + 1)
+            count = min(CLUSTERS, self.nonterminals + 1) if grammar.rank is None else 1
         age = int(self.clustering_age)
         if count > 1 and (age < 0 or (self.training and age >= CLUSTERING)):
             self.parents.copy_(cluster_parents(grammar, self.usage, count))
@@ -341,13 +315,13 @@ class ChartPolicy(NumberedPolicy):
         """
         batch, samples, _ = trees.start.shape
         choices, order = self._choices(trees)
-        context = contexts(trees, self.nonterminals)
-        forward = self._log_forward(condition, trees, context, choices, order, temperature)
+        above = labels_above(trees, self.nonterminals)
+        forward = self._log_forward(condition, trees, above, choices, order, temperature)
         if score_from is not None:
             step = torch.arange(len(forward), device=forward.device)[:, None]
             forward = forward.masked_fill(step < score_from.repeat_interleave(samples), 0.0)
         with torch.no_grad():
-            rules = rule_scores(condition.potentials, trees, condition.seen(context))
+            rules = rule_scores(condition.potentials, trees)
             fixed = root_score(condition.potentials, trees)
             fixed = fixed + condition.potentials.total_log_scale[:, None]
             labelled = fixed + rules.sum(-1)
@@ -365,7 +339,7 @@ class ChartPolicy(NumberedPolicy):
             log_joint=log_joint,
             log_forward=torch.cat([forward, leave]).unflatten(1, (batch, samples)),
             log_backward=backward,
-            flows=lambda: self._flows(condition, trees, context, order, rules, fixed, log_joint),
+            flows=lambda: self._flows(condition, trees, above, order, rules, fixed, log_joint),
             record=choices,
             model_log_joint=model_log_joint if model_log_joint.requires_grad else None,
         )
@@ -374,7 +348,7 @@ class ChartPolicy(NumberedPolicy):
         self,
         condition: ChartCondition,
         trees: Trees,
-        context: Int[Tensor, "batch samples nodes"],
+        above: Int[Tensor, "batch samples nodes"],
         choices: Int[Tensor, "rows steps"],
         order: Int[Tensor, "rows nodes"],
         temperature: float,
@@ -388,7 +362,7 @@ class ChartPolicy(NumberedPolicy):
         forward = root.new_zeros(len(sentence), nodes)
         start, end, label, above = (
             field.flatten(0, 1).gather(1, order)
-            for field in (trees.start, trees.end, trees.labels, context)
+            for field in (trees.start, trees.end, trees.labels, above)
         )
         row, step = (end - start > 2).nonzero(as_tuple=True)
         if len(row):
@@ -429,7 +403,7 @@ class ChartPolicy(NumberedPolicy):
         self,
         condition: ChartCondition,
         trees: Trees,
-        context: Int[Tensor, "batch samples nodes"],
+        above: Int[Tensor, "batch samples nodes"],
         order: Int[Tensor, "rows nodes"],
         rules: Float[Tensor, "batch samples nodes"],
         fixed: Float[Tensor, "batch samples"],
@@ -448,7 +422,7 @@ class ChartPolicy(NumberedPolicy):
         label = trees.labels.clamp(min=0)
         width = (trees.end - trees.start).clamp(min=0)
         span = encoding.index[trees.start, trees.end]
-        seen = condition.seen(context)
+        seen = condition.seen(above)
         guide = condition.guide.scores(sentence, trees.start, width, seen)
         guide = finite_log(guide.gather(-1, label[..., None]).squeeze(-1))
         guide = guide + scales.by_start[trees.start, sentence, width]
@@ -482,7 +456,7 @@ class ChartPolicy(NumberedPolicy):
     def _count(self, trees: Trees) -> None:
         """Remember under which parents labels were."""
         assert trees.labels is not None
-        pairs = trees.labels * (self.nonterminals + 1) + contexts(trees, self.nonterminals)
+        pairs = trees.labels * (self.nonterminals + 1) + labels_above(trees, self.nonterminals)
         counts = torch.bincount(pairs[trees.exists], minlength=self.usage.numel())
         counts = counts.view_as(self.usage)
         self.usage.mul_(DECAY).add_(counts)
@@ -582,7 +556,7 @@ class ChartEstimator(PolicyEstimator):
         lengths, steps = self.condition.lengths, choices.shape[1]
         row = torch.arange(len(choices), device=choices.device)
         width = choices.new_zeros(len(row), steps)
-        label, context = torch.zeros_like(width), torch.full_like(width, policy.nonterminals)
+        label, above = torch.zeros_like(width), torch.full_like(width, policy.nonterminals)
         width[:, 0], label[:, 0] = lengths[sentence], choices[:, 0].clamp(min=0)
         node_start = choices.new_zeros(len(row), steps - 1)
         node_end, node_label = torch.zeros_like(node_start), torch.full_like(node_start, -1)
@@ -597,10 +571,10 @@ class ChartEstimator(PolicyEstimator):
             width[at, middle] = width[at, begin] - size
             width[at, begin] = size
             label[at, begin], label[at, middle] = left[made], right[made]
-            context[at, begin] = context[at, middle] = own
+            above[at, begin] = above[at, middle] = own
         start = width.argmax(-1)
         at = row, start
-        open_ = Spans(sentence, start, width[at], label[at], context[at])
+        open_ = Spans(sentence, start, width[at], label[at], above[at])
         start, end, labels = (node[:, None] for node in (node_start, node_end, node_label))
         return open_, Trees(start, end, lengths[sentence], labels)
 

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gfnem.tasks.grammar.inference.messages import positive
-from gfnem.tasks.grammar.rules.potentials import MergePotentials
+from gfnem.tasks.grammar.rules.grammar import Potentials
 from gfnem.tasks.grammar.trees.tree import Trees
 
 LATER = torch.iinfo(torch.long).max
@@ -41,7 +41,7 @@ class Forest:
 
     def __init__(
         self,
-        potentials: MergePotentials,
+        potentials: Potentials,
         samples: int,
         labelled: bool,
         messages: bool = True,
@@ -173,7 +173,7 @@ class Forest:
                 at = side[row]
                 sentence, word = self.sentence[row], at if side is before else at + 1
                 merge = table.word_on_left if side is before else table.word_on_right
-                raw = merge(sentence, word, new_message[row])
+                raw, _ = merge(sentence, word, new_message[row])
                 scale = table.log_scale[sentence, word] + self.log_scale[row, gap[row]]
                 self._write(row, at, raw, scale)
             row = (real & (child >= 0)).nonzero().squeeze(1)
@@ -187,7 +187,7 @@ class Forest:
         if len(row):
             left, right = torch.cat(inner_left), torch.cat(inner_right)
             scale = self.log_scale[row, left] + self.log_scale[row, right]
-            raw = table.two_roots(self.message[row, left], self.message[row, right])
+            raw, _ = table.two_nodes(self.message[row, left], self.message[row, right])
             self._write(row, at, raw, scale)
 
     def _write(self, row: Tensor, gap: Tensor, raw: Tensor, scale: Tensor) -> None:

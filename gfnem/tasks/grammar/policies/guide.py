@@ -15,9 +15,10 @@ from jaxtyping import Float, Int
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from gfnem.tasks.grammar.inference import clustered_inside, inside
-from gfnem.tasks.grammar.inference.spans import SpanTable
-from gfnem.tasks.grammar.rules.annotated import AnnotatedGrammar, ContextPotentials
+from gfnem.tasks.grammar.inference import inside
+from gfnem.tasks.grammar.rules.contexts import Contexts
+from gfnem.tasks.grammar.rules.grammar import Grammar, Potentials
+from gfnem.tasks.grammar.rules.span_table import SpanTable
 
 # How often every parent has been seen above every label, beside the counts.
 PRIOR = 0.05
@@ -66,24 +67,24 @@ class Guide:
         return self.scores(sentence, torch.zeros_like(lengths), lengths, under_s)
 
 
-def unguided(potentials: ContextPotentials) -> Guide:
+def unguided(potentials: Potentials) -> Guide:
     """Every label as good as another in every span."""
     batch, length = potentials.log_scale.shape
     like = potentials.root
-    vectors = SpanTable.zeros(like, length, batch, potentials.contexts, len(like))
+    vectors = SpanTable.zeros(like, length, batch, potentials.contexts.total, len(like))
     for width in range(2, length + 1):
-        vectors.put(width, torch.ones_like(vectors.by_start[: length - width + 1, :, width]))
+        vectors.put(width, torch.ones_like(vectors.of_width(width)))
     return Guide(vectors, SpanTable.zeros(like, length, batch))
 
 
-def context_free(potentials: ContextPotentials) -> Guide:
-    """Of a grammar whose rules see no parent: exact."""
-    one = potentials.root.new_ones(1, len(potentials.root), 1)
-    return Guide(*_context_free(potentials, one))
+def exact(potentials: Potentials) -> Guide:
+    """The grammar's own inside scores."""
+    chart = inside.inside_chart(potentials)
+    return Guide(chart.messages.table(), chart.scales)
 
 
 def relaxed(
-    potentials: ContextPotentials,
+    potentials: Potentials,
     usage: Float[Tensor, "nonterminals parents"],
     clusters: Int[Tensor, "parents"],
 ) -> Guide:
@@ -94,36 +95,24 @@ def relaxed(
     count = int(clusters.max()) + 1
     weight = torch.nn.functional.one_hot(clusters, count).t()[:, None] * (usage + PRIOR)
     weight = (weight / weight.sum(-1, keepdim=True)).to(potentials.root.dtype)
-    if count == 1:
-        vectors, scales = _context_free(potentials, weight)
-    else:
-        vectors, scales = clustered_inside.inside_scores(
-            potentials.averaged(weight), clusters, potentials.lengths
+    below, order = clusters[:-1].sort(stable=True)
+    contexts = Contexts(tuple(below.tolist()), int(clusters[-1]))
+    chart = inside.inside_chart(potentials.averaged(weight, contexts, order))
+    vectors, scales = chart.messages.table(), chart.scales
+    if count > 1:
+        # Labels of one cluster followed one another.
+        vectors = SpanTable(
+            *(table[..., order.argsort()] for table in (vectors.by_start, vectors.by_end))
         )
-    exact = potentials.two_words()
-    peak = exact.amax((-1, -2))
+    two_words = potentials.two_words()
+    peak = two_words.amax((-1, -2))
     scales.put(2, peak.log().t())
-    exact = exact / torch.where(peak > 0, peak, 1.0)[..., None, None]
-    return Guide(vectors, scales, clusters, exact)
-
-
-def _context_free(
-    potentials: ContextPotentials, weight: Float[Tensor, "one nonterminals parents"]
-) -> tuple[SpanTable, SpanTable]:
-    averaged = potentials.averaged(weight)
-    vectors, scales = inside.inside_scores(
-        potentials.root,
-        averaged.rules.squeeze(1),
-        averaged.left.squeeze(-2),
-        averaged.right.squeeze(-2),
-        averaged.both.squeeze(-1),
-        potentials.lengths,
-    )
-    return SpanTable(vectors.by_start[..., None, :], vectors.by_end[..., None, :]), scales
+    two_words = two_words / torch.where(peak > 0, peak, 1.0)[..., None, None]
+    return Guide(vectors, scales, clusters, two_words)
 
 
 def cluster_parents(
-    grammar: AnnotatedGrammar, usage: Float[Tensor, "nonterminals parents"], count: int
+    grammar: Grammar, usage: Float[Tensor, "nonterminals parents"], count: int
 ) -> Int[Tensor, "parents"]:
     """Which of at most `count` clusters each parent is in.
 
@@ -131,7 +120,7 @@ def cluster_parents(
     the more frequent the labels are: k-means on square roots of probabilities.
     """
     usage = usage + PRIOR
-    rules = grammar.under_parents().detach()
+    rules = grammar.under_contexts().detach()
     frequency = (usage.sum(-1) / usage.sum()).to(rules)
     roots = ((rules / 2).exp() * frequency.sqrt()[:, None]).flatten(1)
     # As many numbers as there are parents keep all the distances.

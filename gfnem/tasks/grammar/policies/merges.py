@@ -16,7 +16,7 @@ from gfnem.gflownet.policy import Paths
 from gfnem.tasks.grammar.model import GrammarModel
 from gfnem.tasks.grammar.policies.encoder import SpanEncoding
 from gfnem.tasks.grammar.policies.env import LATER, Forest, parents_time
-from gfnem.tasks.grammar.rules.potentials import MergePotentials
+from gfnem.tasks.grammar.rules.grammar import Potentials
 from gfnem.tasks.grammar.text.corpus import Sentences
 from gfnem.tasks.grammar.trees.tree import Trees
 
@@ -41,8 +41,8 @@ class ForestCondition:
 
     model: GrammarModel
     sentences: Sentences
-    model_potentials: MergePotentials
-    potentials: MergePotentials
+    model_potentials: Potentials
+    potentials: Potentials
     encode: Callable[[], SpanEncoding]
 
     @cached_property

@@ -46,7 +46,7 @@ class RootFlowPolicy(ForestPolicy):
         self, condition: ForestCondition
     ) -> Float[Tensor, "batch spans nonterminals"] | None:
         """Of what may stand above each span; None where rules do not see it."""
-        if condition.potentials.contexts == 1:
+        if condition.potentials.contexts.total == 1:
             return None
         return self.above(condition.encoding.spans).softmax(-1)
 

@@ -11,32 +11,23 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gfnem.gflownet.policy import (
-    Paths,
-)
+from gfnem.gflownet.policy import Paths
 from gfnem.tasks.grammar.model import GrammarModel
-from gfnem.tasks.grammar.ncfg import AnnotatedModel
 from gfnem.tasks.grammar.policies.encoder import SpanEncoding
-from gfnem.tasks.grammar.policies.guide import (
-    Guide,
-)
-from gfnem.tasks.grammar.rules.annotated import (
-    AnnotatedGrammar,
-    ContextPotentials,
-)
-from gfnem.tasks.grammar.rules.potentials import Grammar, Potentials
+from gfnem.tasks.grammar.policies.guide import Guide
+from gfnem.tasks.grammar.rules.grammar import Grammar, Potentials
 from gfnem.tasks.grammar.text.corpus import Sentences
 from gfnem.tasks.grammar.trees.tree import Trees
 
 
 class Spans(NamedTuple):
-    """Open spans as a flat list; context is the label above, or S, which comes last."""
+    """Open spans as a flat list; `above` is the label above, or S, which comes last."""
 
     sentence: Int[Tensor, "spans"]
     start: Int[Tensor, "spans"]
     width: Int[Tensor, "spans"]
     label: Int[Tensor, "spans"]
-    context: Int[Tensor, "spans"]
+    above: Int[Tensor, "spans"]
 
 
 class Splits(NamedTuple):
@@ -79,8 +70,8 @@ class ChartCondition:
 
     model: the grammar.
     grammar: its rules, differentiable.
-    model_potentials: what they say of the words, of their own kind; differentiable for shapes
-        alone. Labelled trees look up their rules one by one, which tables need not remember.
+    model_potentials: what they say of the words; differentiable for shapes alone. Labelled trees
+        look up their rules one by one, which tables need not remember.
     potentials: the same without gradients.
     guide: inside scores of all spans, exact or not.
     encode: the policy's encoder; it runs when something is first asked of it.
@@ -88,9 +79,9 @@ class ChartCondition:
 
     sentences: Sentences
     model: GrammarModel
-    grammar: Grammar | AnnotatedGrammar
-    model_potentials: Potentials | ContextPotentials
-    potentials: ContextPotentials
+    grammar: Grammar
+    model_potentials: Potentials
+    potentials: Potentials
     guide: Guide
     encode: Callable[[], SpanEncoding]
 
@@ -118,9 +109,9 @@ class ChartCondition:
     def lengths(self) -> Int[Tensor, "batch"]:
         return self.sentences.lengths
 
-    def seen(self, context: Int[Tensor, "*any"]) -> Int[Tensor, "*any"]:
-        """The context as the grammar's rules see it."""
-        return context if isinstance(self.model, AnnotatedModel) else torch.zeros_like(context)
+    def seen(self, above: Int[Tensor, "*any"]) -> Int[Tensor, "*any"]:
+        """The contexts that labels above make for the grammar's rules."""
+        return self.potentials.contexts.under(above)
 
     def log_grammar(self, z: Trees) -> Float[Tensor, "batch samples"]:
         """The grammar's log p(x, z), differentiable in it."""
@@ -163,7 +154,7 @@ class ChartCondition:
         right_scale = self.guide.scales.by_start[middle, sentence, width - split]
         scale = torch.where(valid, left_scale + right_scale, -torch.inf)
         largest = scale.amax(-1, keepdim=True).clamp(min=torch.finfo(scale.dtype).min)
-        table, row, context = self.potentials, spans.sentence, self.seen(spans.context)
+        table, row, context = self.potentials, spans.sentence, self.seen(spans.above)
         last = spans.start + spans.width - 1
         left, right = self._children(
             sentence,

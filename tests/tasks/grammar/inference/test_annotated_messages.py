@@ -5,14 +5,13 @@ from math import inf
 import pytest
 import torch
 
-from gfnem.tasks.grammar.inference.annotated_messages import (
-    contexts,
+from gfnem.tasks.grammar.inference.labelled import (
+    labels_above,
     log_joint_by_gathers,
     log_joint_labelled,
-    log_joint_shape,
-    sample_labels,
 )
-from gfnem.tasks.grammar.rules.annotated import DenseGrammar
+from gfnem.tasks.grammar.inference.messages import log_joint_shape, sample_labels
+from gfnem.tasks.grammar.rules.dense import DenseGrammar
 from gfnem.tasks.grammar.trees.tree import Trees
 from tests.tasks.grammar import annotated_oracle, oracle
 from tests.tasks.grammar.tiny import count_trees, every_shape, p_value
@@ -117,7 +116,7 @@ def test_contexts_are_the_labels_of_the_parents():
     tree = frozenset({(0, 5, 2), (0, 2, 1), (2, 5, 0), (2, 4, 1)})
     trees = oracle.to_trees([[tree], [frozenset({(0, 2, 1)})]], torch.tensor([5, 2]))
     # Gaps in order: (0, 2) under 2, (0, 5) under S, (2, 4) under 0, (2, 5) under 2.
-    above = contexts(trees, 3)
+    above = labels_above(trees, 3)
     assert above[0, 0].tolist() == [2, 3, 0, 2]
     assert above[1, 0, 0].item() == 3
 
@@ -186,6 +185,6 @@ def test_long_sentences_stay_finite_in_single_precision():
 def test_labelled_scores_of_shapes_are_refused():
     words, lengths = oracle.random_sentences([3])
     potentials = annotated_oracle.random_grammar().potentials(words, lengths)
-    for function in (log_joint_labelled, lambda _, trees: contexts(trees, 3)):
+    for function in (log_joint_labelled, lambda _, trees: labels_above(trees, 3)):
         with pytest.raises(ValueError, match="labelled trees are needed; these are shapes"):
             function(potentials, Trees.random(lengths))

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from gfnem.tasks.grammar.inference.labelled import labelled_scores, log_joint_labelled
 from gfnem.tasks.grammar.inference.messages import (
-    inside_scores,
-    log_joint_labelled,
     log_joint_shape,
     sample_labels,
+    shape_scores,
 )
-from gfnem.tasks.grammar.rules.potentials import Grammar, Potentials
+from gfnem.tasks.grammar.rules.dense import DenseGrammar
 from gfnem.tasks.grammar.trees.tree import Trees
 from tests.tasks.grammar import oracle
 from tests.tasks.grammar.tiny import (
@@ -32,7 +32,7 @@ SPARSE_WORDS = torch.tensor([[0, 1, 2, 3, 4], [1, 0, 7, 2, 0], [3, 5, 2, 0, 0]])
 SPARSE_LENGTHS = torch.tensor([5, 4, 3])
 
 
-def with_gradients(grammar: Grammar) -> list[Tensor]:
+def with_gradients(grammar: DenseGrammar) -> list[Tensor]:
     rules = (grammar.root, grammar.binary, grammar.emission)
     return [rule.clone().requires_grad_() for rule in rules]
 
@@ -43,25 +43,25 @@ def random_labels(trees: Trees, nonterminals: int, seed: int = 0) -> Trees:
     return Trees(trees.start, trees.end, trees.lengths, torch.where(trees.exists, labels, -1))
 
 
-def naive_log_joint(grammar: Grammar, words: list[int], shape: oracle.Shape) -> Tensor:
+def naive_log_joint(grammar: DenseGrammar, words: list[int], shape: oracle.Shape) -> Tensor:
     """One tree at a time, probabilities of all symbols over each of its spans."""
     nonterminals, preterminals = grammar.nonterminals, grammar.preterminals
 
     def below(i: int, j: int) -> Tensor:
         if j - i == 1:
-            return torch.cat([torch.zeros(nonterminals), grammar.emission[:, words[i]].exp()])
+            return torch.cat([torch.zeros(nonterminals), grammar.emission[0, :, words[i]].exp()])
         (k,) = (
             k
             for k in range(i + 1, j)
             if (k - i == 1 or (i, k) in shape) and (j - k == 1 or (k, j) in shape)
         )
-        parent = torch.einsum("abc,b,c->a", grammar.binary.exp(), below(i, k), below(k, j))
+        parent = torch.einsum("abc,b,c->a", grammar.binary[0].exp(), below(i, k), below(k, j))
         return torch.cat([parent, torch.zeros(preterminals)])
 
     return (grammar.root.exp() @ below(0, len(words))[:nonterminals]).log()
 
 
-def expected_values(grammar: Grammar, words: Tensor, trees: Trees) -> Tensor:
+def expected_values(grammar: DenseGrammar, words: Tensor, trees: Trees) -> Tensor:
     values = []
     for index in range(len(trees.lengths)):
         sentence = oracle.sentence(words, trees.lengths, index)
@@ -85,7 +85,7 @@ def test_log_joint_of_every_shape_is_that_of_enumeration(seed):
     grammar = oracle.random_grammar(seed=seed, temperature=(1.0, 0.3)[seed])
     words, lengths = oracle.random_sentences(LENGTHS, seed=seed)
     trees = every_shape(lengths)
-    value = log_joint_shape(Potentials.of(grammar, words, lengths), trees)
+    value = log_joint_shape(grammar.potentials(words, lengths), trees)
     torch.testing.assert_close(value, expected_values(grammar, words, trees), rtol=0, atol=1e-10)
 
 
@@ -94,14 +94,14 @@ def test_log_joint_of_labelled_trees_is_that_of_enumeration(seed):
     grammar = oracle.random_grammar(seed=seed, temperature=0.5)
     words, lengths = oracle.random_sentences(LENGTHS, seed=seed)
     trees = random_labels(every_shape(lengths), grammar.nonterminals)
-    value = log_joint_labelled(Potentials.of(grammar, words, lengths), trees)
+    value = log_joint_labelled(grammar.potentials(words, lengths), trees)
     torch.testing.assert_close(value, expected_values(grammar, words, trees), rtol=0, atol=1e-10)
 
 
 def test_labels_summed_out_of_labelled_trees_leave_the_shape():
     grammar = oracle.random_grammar(2, 3, seed=4)
     words, lengths = oracle.random_sentences([5, 4], seed=4)
-    potentials = Potentials.of(grammar, words, lengths)
+    potentials = grammar.potentials(words, lengths)
     trees = Trees.random(lengths, 1, torch.Generator().manual_seed(0))
     combinations = torch.cartesian_prod(*[torch.arange(2)] * 4)
     count = len(combinations)
@@ -121,7 +121,8 @@ def test_log_joint_shape_passes_gradcheck_in_the_grammar():
     trees = every_shape(lengths)
     rules = with_gradients(oracle.random_grammar(2, 2, seed=5))
     assert torch.autograd.gradcheck(
-        lambda *rules: log_joint_shape(Potentials.of(Grammar(*rules), words, lengths), trees), rules
+        lambda *rules: log_joint_shape(DenseGrammar(*rules).potentials(words, lengths), trees),
+        rules,
     )
 
 
@@ -132,12 +133,12 @@ def test_gradients_are_those_of_a_naive_computation():
     weights = torch.randn(trees.start.shape[:2], generator=torch.Generator().manual_seed(0))
     grammar = oracle.random_grammar(seed=6, temperature=0.5)
     fast, naive = with_gradients(grammar), with_gradients(grammar)
-    value = log_joint_shape(Potentials.of(Grammar(*fast), words, lengths), trees)
+    value = log_joint_shape(DenseGrammar(*fast).potentials(words, lengths), trees)
     (weights * value).sum().backward()
     for index in range(len(LENGTHS)):
         sentence = oracle.sentence(words, lengths, index)
         for sample, weight in enumerate(weights[index].tolist()):
-            joint = naive_log_joint(Grammar(*naive), sentence, trees.spans(index, sample))
+            joint = naive_log_joint(DenseGrammar(*naive), sentence, trees.spans(index, sample))
             assert joint.item() == pytest.approx(value[index, sample].item())
             (weight * joint).backward()
     for one, other in zip(fast, naive, strict=True):
@@ -149,7 +150,7 @@ def test_labelled_gradients_are_rule_counts():
     words, lengths = oracle.random_sentences([6, 4], seed=7)
     trees = random_labels(every_shape(lengths), 3)
     rules = with_gradients(oracle.random_grammar(seed=7))
-    log_joint_labelled(Potentials.of(Grammar(*rules), words, lengths), trees).sum().backward()
+    log_joint_labelled(DenseGrammar(*rules).potentials(words, lengths), trees).sum().backward()
     counts = torch.zeros(3, 3, 3, dtype=torch.float64)
     roots = torch.zeros(3, dtype=torch.float64)
     for index in range(2):
@@ -164,7 +165,7 @@ def test_labelled_gradients_are_rule_counts():
     root, binary, _ = (rule.grad for rule in rules)
     assert root is not None and binary is not None
     torch.testing.assert_close(root, roots)
-    torch.testing.assert_close(binary[:, :3, :3], counts)
+    torch.testing.assert_close(binary[0, :, :3, :3], counts)
     # Where words are below, preterminals share the count: every node has used one rule.
     assert binary.sum().item() == pytest.approx(42 * (5 + 3))
 
@@ -179,7 +180,7 @@ def test_words_and_rules_of_probability_zero(seed, dtype):
         (shapes, log_joint_shape),
         (random_labels(shapes, 3, seed), log_joint_labelled),
     ):
-        potentials = Potentials.of(Grammar(*rules), SPARSE_WORDS, SPARSE_LENGTHS)
+        potentials = DenseGrammar(*rules).potentials(SPARSE_WORDS, SPARSE_LENGTHS)
         value = log_joint(potentials, trees)
         expected = expected_values(grammar, SPARSE_WORDS, trees)
         assert (expected[1] == -inf).all() and (expected == -inf).any()
@@ -189,13 +190,14 @@ def test_words_and_rules_of_probability_zero(seed, dtype):
         impossible = torch.autograd.grad(value[expected == -inf].sum(), rules)
         if log_joint is log_joint_shape:
             assert all((gradient == 0).all() for gradient in impossible)
-        scores, log_joint_again = inside_scores(potentials, trees)
+        scores_of = shape_scores if trees.labels is None else labelled_scores
+        scores, log_joint_again = scores_of(potentials, trees)
         assert not scores.isnan().any()
         torch.testing.assert_close(log_joint_again, value.detach())
 
 
 def test_shapes_of_probability_zero_have_no_gradient_in_the_potentials():
-    given = Potentials.of(sparse_grammar(7), SPARSE_WORDS, SPARSE_LENGTHS)
+    given = sparse_grammar(7).potentials(SPARSE_WORDS, SPARSE_LENGTHS)
     names = ("root", "rules", "left", "right", "both")
     tables = [getattr(given, name).clone().requires_grad_() for name in names]
     potentials = replace(given, **dict(zip(names, tables, strict=True)))
@@ -210,7 +212,7 @@ def test_shapes_of_probability_zero_have_no_gradient_in_the_potentials():
 def test_sampled_labels_have_their_exact_probabilities():
     grammar = oracle.random_grammar(seed=8, temperature=0.6)
     words, lengths = oracle.random_sentences([4, 2, 5, 3], seed=8)
-    potentials = Potentials.of(grammar, words, lengths)
+    potentials = grammar.potentials(words, lengths)
     for seed in range(3):
         one = Trees.random(lengths, 1, torch.Generator().manual_seed(seed))
         draws = 8_000
@@ -228,7 +230,7 @@ def test_sampled_labels_have_their_exact_probabilities():
 
 def test_sampled_labels_are_possible_and_repeat_with_their_generator():
     lengths = SPARSE_LENGTHS[:1]
-    potentials = Potentials.of(sparse_grammar(0), SPARSE_WORDS[:1], lengths)
+    potentials = sparse_grammar(0).potentials(SPARSE_WORDS[:1], lengths)
     shapes = every_shape(lengths)
     shapes = shapes.select(torch.arange(14).repeat(20)[None])
     assert (log_joint_shape(potentials, shapes) > -inf).all()
@@ -252,13 +254,14 @@ def below(tree: Iterable[tuple[int, ...]], start: int, end: int) -> Any:
 @pytest.mark.parametrize("latent", ["shape", "labelled"])
 def test_inside_scores_are_those_of_enumeration(latent):
     grammar = oracle.random_grammar(seed=9, temperature=0.6)
-    any_root = Grammar(torch.zeros(3), grammar.binary, grammar.emission)
+    any_root = DenseGrammar(torch.zeros(3), grammar.binary, grammar.emission)
     words, lengths = oracle.random_sentences([5, 2, 4], seed=9)
     trees = every_shape(lengths)
     if latent == "labelled":
         trees = random_labels(trees, 3)
-    potentials = Potentials.of(grammar, words, lengths)
-    scores, log_joint = inside_scores(potentials, trees)
+    potentials = grammar.potentials(words, lengths)
+    scores_of = shape_scores if latent == "shape" else labelled_scores
+    scores, log_joint = scores_of(potentials, trees)
     torch.testing.assert_close(
         log_joint, expected_values(grammar, words, trees), rtol=0, atol=1e-10
     )
@@ -288,15 +291,15 @@ def test_log_joint_of_long_sentences_stays_finite_in_single_precision():
     grammar = oracle.random_grammar(5, 6, 20, dtype=torch.float32)
     words, lengths = oracle.random_sentences([60, 45], vocabulary=20)
     trees = Trees.random(lengths, 3, torch.Generator().manual_seed(0))
-    value = log_joint_shape(Potentials.of(grammar, words, lengths), trees)
+    value = log_joint_shape(grammar.potentials(words, lengths), trees)
     exact = oracle.random_grammar(5, 6, 20)
-    reference = log_joint_shape(Potentials.of(exact, words, lengths), trees)
+    reference = log_joint_shape(exact.potentials(words, lengths), trees)
     assert (reference < -150).all()
     torch.testing.assert_close(value.double(), reference, rtol=1e-5, atol=0)
 
 
 def test_labelled_scores_of_shapes_are_refused():
     words, lengths = oracle.random_sentences([3])
-    potentials = Potentials.of(oracle.random_grammar(), words, lengths)
+    potentials = oracle.random_grammar().potentials(words, lengths)
     with pytest.raises(ValueError, match="labelled trees are needed; these are shapes"):
         log_joint_labelled(potentials, Trees.random(lengths))

@@ -6,14 +6,16 @@ from typing import Any
 import pytest
 import torch
 
+from gfnem.tasks.grammar.inference import shape_density
+from gfnem.tasks.grammar.inference.messages import NodeMessages, upward
 from gfnem.tasks.grammar.inference.shape_density import changed
-from gfnem.tasks.grammar.rules.potentials import Grammar
+from gfnem.tasks.grammar.rules.grammar import Potentials
+from gfnem.tasks.grammar.trees.levels import Levels
 from gfnem.tasks.grammar.trees.tree import Trees
 from tests.tasks.grammar import annotated_oracle, oracle
 from tests.tasks.grammar.tiny import (
-    FixedLowRankNCFG,
-    FixedNCFG,
-    FixedPCFG,
+    FixedLowRank,
+    FixedModel,
     float64,  # noqa: F401
     sentences,
 )
@@ -24,9 +26,9 @@ LENGTHS = [7, 5, 2, 3]
 
 
 MODELS = {
-    "cfg": lambda: FixedPCFG(oracle.random_grammar(3, 3)),
-    "ncfg": lambda: FixedNCFG(annotated_oracle.random_grammar(3, 3)),
-    "low rank": lambda: FixedLowRankNCFG(annotated_oracle.random_low_rank_grammar(3, 3, 2)),
+    "cfg": lambda: FixedModel(oracle.random_grammar(3, 3)),
+    "ncfg": lambda: FixedModel(annotated_oracle.random_grammar(3, 3)),
+    "low rank": lambda: FixedLowRank(annotated_oracle.random_low_rank_grammar(3, 3, 2)),
 }
 
 
@@ -52,14 +54,16 @@ def test_the_density_is_that_of_whole_trees_whatever_was_seen_and_taken(make: An
         trees = proposed.where(taken, trees)
 
 
-def test_only_what_has_changed_is_computed():
-    model, x = FixedPCFG(oracle.random_grammar(3, 3)), sentences([9])
+def test_only_what_has_changed_is_computed(monkeypatch):
+    model, x = FixedModel(oracle.random_grammar(3, 3)), sentences([9])
     density = model.shape_density(model.potentials(x))
     computed = []
-    upward = density.upward
-    density.upward = lambda levels, known: (
-        computed.append(len(levels.row) - levels.known) or upward(levels, known)
-    )
+
+    def counted(potentials: Potentials, levels: Levels, *known: NodeMessages) -> NodeMessages:
+        computed.append(len(levels.row) - levels.known)
+        return upward(potentials, levels, *known)
+
+    monkeypatch.setattr(shape_density, "upward", counted)
     trees = Trees.left_branching(x.lengths)
     density(trees)
     # The words 0, 1, 2 are split in another way; 6 nodes are above them.
@@ -90,7 +94,10 @@ def test_changed_nodes_have_other_spans_below_them():
 def test_trees_of_probability_zero_are_left():
     """A -> T A | A T | T T: a word at the edge of every span."""
     binary = torch.tensor([[[0.0, 0.3], [0.5, 0.2]]]).log()
-    model, x = FixedPCFG(Grammar(torch.zeros(1), binary, torch.zeros(1, 1))), sentences([4], 1)
+    model, x = (
+        FixedModel(oracle.context_free(torch.zeros(1), binary, torch.zeros(1, 1))),
+        sentences([4], 1),
+    )
     density = model.shape_density(model.potentials(x))
     balanced = oracle.to_trees([[frozenset({(0, 2), (2, 4), (0, 4)})]], x.lengths)
     assert density(balanced).item() == -inf

@@ -19,14 +19,14 @@ from gfnem.tasks.grammar.policies.env import LATER, Forest
 from gfnem.tasks.grammar.policies.forest import ForestPolicy
 from gfnem.tasks.grammar.policies.merges import ForestCondition
 from gfnem.tasks.grammar.policies.root_flow import RootFlowPolicy
-from gfnem.tasks.grammar.rules.annotated import DenseGrammar
+from gfnem.tasks.grammar.rules.dense import DenseGrammar
 from gfnem.tasks.grammar.text.corpus import Sentences
 from gfnem.tasks.grammar.trees.tree import Trees
 from tests.tasks.grammar import annotated_oracle, oracle
 from tests.tasks.grammar.tiny import (
     LATENTS,
     POLICIES,
-    FixedNCFG,
+    FixedModel,
     StateGraph,
     count_trees,
     float64,  # noqa: F401
@@ -50,8 +50,8 @@ every_policy = pytest.mark.parametrize(
 
 def setting(
     kind: str, latent: Any, lengths: list[int] = LENGTHS, noise: float = 0.3, backward="uniform"
-) -> tuple[FixedNCFG, ForestPolicy, Sentences, ForestCondition]:
-    model = FixedNCFG(GRAMMAR, latent)
+) -> tuple[FixedModel, ForestPolicy, Sentences, ForestCondition]:
+    model = FixedModel(GRAMMAR, latent)
     policy = make_policy(kind, latent, backward, noise=noise)
     x = sentences(lengths)
     return model, policy, x, policy.condition(model, x)
@@ -267,7 +267,7 @@ def test_regrowing_leaves_the_posterior_invariant(kind, latent):
 def test_a_trained_root_flow_is_the_posterior_of_enumeration(latent):
     lengths, nonterminals = ([5, 4], 3) if latent == "shape" else ([4, 4], 2)
     grammar = annotated_oracle.random_grammar(nonterminals, 3, seed=2, temperature=0.5)
-    model, x = FixedNCFG(grammar, latent), sentences(lengths, seed=2)
+    model, x = FixedModel(grammar, latent), sentences(lengths, seed=2)
     policy = make_policy("root_flow", latent, nonterminals=nonterminals, noise=0.1, width=16)
     posterior = GFlowNetPosterior(policy, samples=64)
     enumerate_trees = (
@@ -313,7 +313,7 @@ def test_rules_of_probability_zero_give_numbers(kind, latent):
 
     emission = GRAMMAR.emission.clone()
     emission[..., -1] = -torch.inf
-    model = FixedNCFG(DenseGrammar(GRAMMAR.root, thin(GRAMMAR.binary), thin(emission)), latent)
+    model = FixedModel(DenseGrammar(GRAMMAR.root, thin(GRAMMAR.binary), thin(emission)), latent)
     policy = make_policy(kind, latent)
     words = torch.tensor([[0, 1, 2, 3, 4], [1, 0, 7, 2, 0]])
     x = Sentences(words, torch.tensor([5, 4]), torch.arange(2))
@@ -328,7 +328,7 @@ def test_rules_of_probability_zero_give_numbers(kind, latent):
 
 def test_equal_weights_are_what_nothing_learned_gives():
     """A root flow that has learned nothing merges by means over what may stand above."""
-    model, x = FixedNCFG(GRAMMAR), sentences([5, 4])
+    model, x = FixedModel(GRAMMAR), sentences([5, 4])
     policy = RootFlowPolicy(NONTERMINALS, 3, 8)
     condition = policy.condition(model, x)
     forest = Forest(condition.potentials, 2, labelled=False)

@@ -9,10 +9,10 @@ import torch
 from gfn.samplers import Sampler
 
 from gfnem.tasks.grammar.policies.env import LATER, Forest, ForestEnv, parents_time
-from gfnem.tasks.grammar.rules.potentials import Grammar, Potentials
+from gfnem.tasks.grammar.rules.dense import DenseGrammar
 from tests.tasks.grammar import oracle
 from tests.tasks.grammar.tiny import (
-    FixedPCFG,
+    FixedModel,
     StateGraph,
     float64,  # noqa: F401
     make_policy,
@@ -47,7 +47,7 @@ def forest_states(env: ForestEnv, length: int, *merged: dict[int, tuple[int, ...
 def test_torchgfn_s_sampler_builds_trees_of_the_right_length(latent, symbols):
     lengths = [4, 2, 5, 3]
     x = sentences(lengths)
-    model = FixedPCFG(oracle.random_grammar(2, 3), latent)
+    model = FixedModel(oracle.random_grammar(2, 3), latent)
     policy = make_policy("light", latent, nonterminals=2)
     policy.condition(model, x)
     forward, _ = policy.estimators()
@@ -163,11 +163,11 @@ def test_parents_time_of_a_hand_worked_forest():
     assert parents_time(*whole, torch.tensor([[1, 0, 3, 2]]), torch.tensor([5])).item() == LATER
 
 
-def span_score(grammar: Grammar, words: list[int], label: int, tree: Any) -> float:
+def span_score(grammar: DenseGrammar, words: list[int], label: int, tree: Any) -> float:
     """p(words, tree below | label), by enumeration; a labelled tree has all labels but the top."""
     root = torch.full_like(grammar.root, -torch.inf)
     root[label] = 0
-    rooted = Grammar(root, grammar.binary, grammar.emission)
+    rooted = DenseGrammar(root, grammar.binary, grammar.emission)
     if all(len(node) == 2 for node in tree):
         return oracle.enumerate_shapes(rooted, words)[tree]
     return oracle.log_joint_labelled(rooted, words, tree)
@@ -178,7 +178,7 @@ def test_messages_of_a_forest_are_those_of_enumeration(labelled):
     """Along random merge orders, of every node that was made or may be made next."""
     grammar = oracle.random_grammar(2, 3, seed=3, temperature=0.6)
     x = sentences([5, 3, 2, 4], seed=3)
-    potentials = Potentials.of(grammar, x.words, x.lengths)
+    potentials = grammar.potentials(x.words, x.lengths)
     samples = 3
     forest = Forest(potentials, samples, labelled)
     generator = torch.Generator().manual_seed(0)
@@ -227,7 +227,7 @@ def test_messages_of_a_forest_are_those_of_enumeration(labelled):
 
 def test_a_forest_without_messages_merges_the_same():
     x = sentences([5, 3])
-    potentials = Potentials.of(oracle.random_grammar(), x.words, x.lengths)
+    potentials = oracle.random_grammar().potentials(x.words, x.lengths)
     with_messages, without = Forest(potentials, 2, False), Forest(potentials, 2, False, False)
     generator = torch.Generator().manual_seed(1)
     for _ in range(with_messages.steps):

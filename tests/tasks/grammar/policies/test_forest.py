@@ -12,7 +12,6 @@ from torch import Tensor
 from gfnem.errors import UserError
 from gfnem.gflownet.policy import Behaviour, Paths
 from gfnem.inference import log_mean_exp
-from gfnem.tasks.grammar.inference.messages import inside_scores
 from gfnem.tasks.grammar.policies.forest import ForestPolicy
 from gfnem.tasks.grammar.policies.merges import ForestCondition
 from gfnem.tasks.grammar.text.corpus import Sentences
@@ -23,10 +22,11 @@ from tests.tasks.grammar.tiny import (
     BACKWARDS,
     LATENTS,
     POLICIES,
-    FixedPCFG,
+    FixedModel,
     StateGraph,
     count_trees,
     float64,  # noqa: F401
+    log_likelihood,
     make_policy,
     only,
     p_value,
@@ -53,8 +53,8 @@ GRAMMAR = oracle.random_grammar(3, 3)
 
 def setting(
     kind: str, latent: Any, backward: str, lengths: list[int] = LENGTHS, noise: float = 0.3
-) -> tuple[FixedPCFG, ForestPolicy, Sentences, ForestCondition]:
-    model = FixedPCFG(GRAMMAR, latent)
+) -> tuple[FixedModel, ForestPolicy, Sentences, ForestCondition]:
+    model = FixedModel(GRAMMAR, latent)
     policy = make_policy(kind, latent, backward, noise=noise)
     x = sentences(lengths)
     return model, policy, x, policy.condition(model, x)
@@ -327,7 +327,7 @@ def test_flows_are_sums_over_the_roots_of_a_state(latent, backward):
     samples = 4
     paths = policy.sample(condition, samples)
     trajectories = policy.trajectories(condition, paths)
-    node_scores, _ = inside_scores(model.potentials(x), paths.z)
+    node_scores, _ = model.inside_scores(model.potentials(x), paths.z)
     encoding, learned_and_partial = condition.encoding, paths.flows()
     for step in range(max(LENGTHS)):
         for row in range(len(x) * samples):
@@ -460,7 +460,7 @@ def test_behaviour_tempers_and_mixes_with_uniform_actions(behaviour):
 
 @every_policy
 def test_rules_and_words_of_probability_zero_give_numbers(kind, latent, backward):
-    model = FixedPCFG(sparse_grammar(0), latent)
+    model = FixedModel(sparse_grammar(0), latent)
     policy = make_policy(kind, latent, backward)
     words = torch.tensor([[0, 1, 2, 3, 4], [1, 0, 7, 2, 0], [3, 5, 2, 0, 0]])
     x = Sentences(words, torch.tensor([5, 4, 3]), torch.arange(3))
@@ -575,5 +575,5 @@ def test_sentences_longer_than_any_learned_from(kind):
     paths = policy.sample(condition, 3000)
     log_weights = paths.log_joint + (paths.log_backward - paths.log_forward).sum(0)
     # Too many trees to list them.
-    expected = model.log_likelihood(x).tolist()
+    expected = log_likelihood(model, x).tolist()
     assert log_mean_exp(log_weights).tolist() == pytest.approx(expected, abs=0.05)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gfnem.errors import UserError
-from gfnem.tasks.grammar.model import NeuralPCFG
+from gfnem.tasks.grammar.networks import NeuralPCFG
 from gfnem.tasks.grammar.policies.transformer import TransformerPolicy
 from gfnem.tasks.grammar.text.corpus import Sentences
 from gfnem.tasks.grammar.trees.tree import Trees

@@ -9,16 +9,11 @@ import torch
 from torch import Tensor
 
 from gfnem.errors import UserError
-from gfnem.tasks.grammar.inference import (
-    annotated_inside,
-    annotated_messages,
-    factored_inside,
-    factored_messages,
-)
-from gfnem.tasks.grammar.inference.annotated_messages import contexts, log_joint_labelled
-from gfnem.tasks.grammar.inference.messages import rule_scores
-from gfnem.tasks.grammar.rules.annotated import AnnotatedPotentials
-from gfnem.tasks.grammar.rules.factored import FactoredPotentials, LowRankGrammar
+from gfnem.tasks.grammar.inference import inside, messages
+from gfnem.tasks.grammar.inference.labelled import log_joint_labelled, rule_scores
+from gfnem.tasks.grammar.rules.contexts import Contexts
+from gfnem.tasks.grammar.rules.dense import DensePotentials
+from gfnem.tasks.grammar.rules.low_rank import LowRankGrammar, LowRankPotentials
 from gfnem.tasks.grammar.trees.tree import Trees
 from tests.tasks.grammar import annotated_oracle, oracle
 from tests.tasks.grammar.annotated_oracle import as_dense, random_low_rank_grammar
@@ -29,7 +24,7 @@ LENGTHS = [4, 2, 6, 3, 5]
 
 def both_kinds(
     lengths: list[int] = LENGTHS, seed: int = 0
-) -> tuple[FactoredPotentials, AnnotatedPotentials]:
+) -> tuple[LowRankPotentials, DensePotentials]:
     words, length = oracle.random_sentences(lengths, seed=seed)
     grammar = random_low_rank_grammar(seed=seed)
     return grammar.potentials(words, length), as_dense(grammar).potentials(words, length)
@@ -51,7 +46,7 @@ def random_labels(trees: Trees, nonterminals: int, seed: int = 0) -> Trees:
 
 def test_tables_are_those_of_the_dense_grammar():
     ours, theirs = both_kinds(seed=1)
-    assert ours.contexts == theirs.contexts == 4
+    assert ours.contexts == theirs.contexts == Contexts.parents(3)
     for name in ("root", "preterminal", "log_scale", "log_word", "lengths", "total_log_scale"):
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name))
     torch.testing.assert_close(ours.two_words(), theirs.two_words())
@@ -65,8 +60,14 @@ def test_tables_are_those_of_the_dense_grammar():
     torch.testing.assert_close(ours.word_left_rules(*at), theirs.left[at_word])
     torch.testing.assert_close(ours.word_right_rules(*at), theirs.right[at_word])
     weight = torch.rand(2, 3, 4, generator=generator, dtype=torch.float64)
-    for one, other in zip(ours.averaged(weight), theirs.averaged(weight), strict=True):
-        torch.testing.assert_close(one, other)
+    # The first label makes another context than those behind it, which are in another order.
+    contexts, order = Contexts((0, 1, 1), 0), torch.tensor([0, 2, 1])
+    one, other = (p.averaged(weight, contexts, order) for p in (ours, theirs))
+    assert one.contexts == other.contexts == contexts
+    for name in ("root", "rules", "both"):
+        torch.testing.assert_close(getattr(one, name), getattr(other, name))
+    for name in ("left", "right"):
+        torch.testing.assert_close(getattr(one, name)[one.word], getattr(other, name)[other.word])
 
 
 def test_merges_are_those_of_the_dense_grammar():
@@ -75,9 +76,9 @@ def test_merges_are_those_of_the_dense_grammar():
     generator = torch.Generator().manual_seed(0)
     sentence, word = torch.randint(3, (20,), generator=generator), torch.arange(20) % 6
     left, right = torch.rand(2, 20, 4, 3, generator=generator, dtype=torch.float64)
-    torch.testing.assert_close(ours.two_roots(left, right), theirs.two_roots(left, right))
+    torch.testing.assert_close(ours.two_nodes(left, right)[0], theirs.two_nodes(left, right)[0])
     for name in ("word_on_left", "word_on_right"):
-        one, other = (getattr(p, name)(sentence, word, left) for p in (ours, theirs))
+        one, other = (getattr(p, name)(sentence, word, left)[0] for p in (ours, theirs))
         torch.testing.assert_close(one, other)
     weights = torch.rand(20, 3, generator=generator, dtype=torch.float64)
     for given in (None, weights):
@@ -89,14 +90,14 @@ def test_nothing_of_detached_potentials_has_gradients():
     words, lengths = oracle.random_sentences([3, 4])
     potentials = LowRankGrammar(*leaves(random_low_rank_grammar())).potentials(words, lengths)
     assert potentials.mixture.requires_grad
-    assert not any(table.requires_grad for table in vars(potentials.detach()).values())
+    assert not any(table.requires_grad for table in potentials.detach().tables())
 
 
 def test_log_joint_of_every_shape_is_that_of_enumeration():
     words, lengths = oracle.random_sentences(LENGTHS, seed=2)
     grammar = random_low_rank_grammar(2, 3, seed=2)
     trees = every_shape(lengths)
-    value = factored_messages.log_joint_shape(grammar.potentials(words, lengths), trees)
+    value = messages.log_joint_shape(grammar.potentials(words, lengths), trees)
     for index in range(len(LENGTHS)):
         sentence = oracle.sentence(words, lengths, index)
         joint = annotated_oracle.enumerate_shapes(as_dense(grammar), sentence)
@@ -107,9 +108,8 @@ def test_log_joint_of_every_shape_is_that_of_enumeration():
 def test_scores_of_labelled_trees_are_those_of_the_dense_grammar():
     ours, theirs = both_kinds(seed=3)
     trees = random_labels(every_shape(ours.lengths), 3)
-    above = contexts(trees, 3)
     torch.testing.assert_close(
-        rule_scores(ours, trees, above), rule_scores(theirs, trees, above), rtol=0, atol=1e-10
+        rule_scores(ours, trees), rule_scores(theirs, trees), rtol=0, atol=1e-10
     )
     torch.testing.assert_close(log_joint_labelled(ours, trees), log_joint_labelled(theirs, trees))
 
@@ -118,8 +118,8 @@ def test_scores_of_nodes_are_those_of_the_dense_grammar():
     ours, theirs = both_kinds(seed=3)
     trees = every_shape(ours.lengths)
     for one, other in zip(
-        factored_messages.inside_scores(ours, trees),
-        annotated_messages.inside_scores(theirs, trees),
+        messages.shape_scores(ours, trees),
+        messages.shape_scores(theirs, trees),
         strict=True,
     ):
         torch.testing.assert_close(one, other)
@@ -128,7 +128,7 @@ def test_scores_of_nodes_are_those_of_the_dense_grammar():
 def test_log_partition_is_that_of_enumeration():
     words, lengths = oracle.random_sentences(LENGTHS, seed=4)
     grammar = random_low_rank_grammar(2, 3, seed=4)
-    value = factored_inside.log_partition(grammar.potentials(words, lengths))
+    value = inside.log_partition(grammar.potentials(words, lengths))
     expected = [
         annotated_oracle.log_partition(as_dense(grammar), oracle.sentence(words, lengths, index))
         for index in range(len(LENGTHS))
@@ -142,8 +142,8 @@ def test_values_and_gradients_pass_gradcheck_in_the_grammar():
     labelled = random_labels(shapes, 2)
     tables = leaves(random_low_rank_grammar(2, 2, 3, 3, seed=5))
     for value in (
-        factored_inside.log_partition,
-        lambda potentials: factored_messages.log_joint_shape(potentials, shapes),
+        inside.log_partition,
+        lambda potentials: messages.log_joint_shape(potentials, shapes),
         lambda potentials: log_joint_labelled(potentials, labelled),
     ):
         assert torch.autograd.gradcheck(
@@ -159,10 +159,7 @@ def test_gradients_are_those_of_the_dense_grammar():
     weight = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
     ours = LowRankGrammar(*tables)
     theirs = as_dense(ours)
-    for inside, messages, grammar in (
-        (factored_inside, factored_messages, ours),
-        (annotated_inside, annotated_messages, theirs),
-    ):
+    for grammar in (ours, theirs):
         potentials = grammar.potentials(words, lengths)
         values = (
             inside.log_partition(potentials) @ weight,
@@ -178,13 +175,10 @@ def test_gradients_are_those_of_the_dense_grammar():
 
 def test_span_marginals_and_inside_scores_are_those_of_the_dense_grammar():
     ours, theirs = both_kinds([8, 5, 2], seed=7)
-    torch.testing.assert_close(
-        factored_inside.span_marginals(ours), annotated_inside.span_marginals(theirs)
-    )
-    (vectors, scales), (expected, their_scales) = (
-        factored_inside.inside_scores(ours),
-        annotated_inside.inside_scores(theirs),
-    )
+    torch.testing.assert_close(inside.span_marginals(ours), inside.span_marginals(theirs))
+    charts = inside.inside_chart(ours), inside.inside_chart(theirs)
+    vectors, expected = (chart.messages.table() for chart in charts)
+    scales, their_scales = (chart.scales for chart in charts)
     for width in range(2, 9):
         for one, other in (
             (vectors.left(width + 1), expected.left(width + 1)),
@@ -199,7 +193,7 @@ def test_span_marginals_and_inside_scores_are_those_of_the_dense_grammar():
 def test_samples_have_the_frequencies_of_the_posterior(labelled):
     words, lengths = oracle.random_sentences([4, 2, 5], seed=8)
     grammar = random_low_rank_grammar(2, 3, seed=8)
-    trees = factored_inside.sample(
+    trees = inside.sample(
         grammar.potentials(words, lengths), 10_000, torch.Generator().manual_seed(0), labelled
     )
     assert (trees.labels is not None) == labelled
@@ -222,9 +216,7 @@ def test_sampled_labels_have_their_exact_probabilities():
         one = Trees.random(lengths, 1, torch.Generator().manual_seed(seed))
         draws = 8_000
         many = Trees(one.start.expand(-1, draws, -1), one.end.expand(-1, draws, -1), lengths)
-        labelled = factored_messages.sample_labels(
-            potentials, many, torch.Generator().manual_seed(seed)
-        )
+        labelled = messages.sample_labels(potentials, many, torch.Generator().manual_seed(seed))
         assert labelled.labels is not None
         assert ((labelled.labels >= 0) == many.exists).all()
         for index in range(len(lengths)):
@@ -246,8 +238,8 @@ def test_words_and_rules_of_probability_zero(single):
     words, lengths = torch.tensor([[0, 1, 2, 3], [1, 0, 7, 2]]), torch.tensor([4, 4])
     tables = leaves(grammar)
     potentials = LowRankGrammar(*tables).potentials(words, lengths)
-    joint = factored_messages.log_joint_shape(potentials, every_shape(lengths))
-    value = factored_inside.log_partition(potentials)
+    joint = messages.log_joint_shape(potentials, every_shape(lengths))
+    value = inside.log_partition(potentials)
     expected = annotated_oracle.log_partition(as_dense(grammar), words[0].tolist())
     assert value[0].item() == pytest.approx(expected, abs=1e-4)
     assert joint[0].logsumexp(-1).item() == pytest.approx(expected, abs=1e-4)
@@ -258,7 +250,7 @@ def test_words_and_rules_of_probability_zero(single):
         for gradient in torch.autograd.grad(one[0], tables, retain_graph=True):
             assert gradient.isfinite().all()
     with pytest.raises(UserError, match="sentence 1 of the batch has probability 0 under"):
-        factored_inside.sample(potentials, 2)
+        inside.sample(potentials, 2)
 
 
 def test_long_sentences_stay_finite_in_single_precision():
@@ -269,8 +261,8 @@ def test_long_sentences_stay_finite_in_single_precision():
     for grammar in (in_single_precision(double), double):
         tables = leaves(grammar)
         potentials = LowRankGrammar(*tables).potentials(words, lengths)
-        value = factored_inside.log_partition(potentials)
-        joint = factored_messages.log_joint_shape(potentials, trees)
+        value = inside.log_partition(potentials)
+        joint = messages.log_joint_shape(potentials, trees)
         (value.sum() + joint.sum()).backward()
         results.append((value, joint, *(table.grad for table in tables)))
     assert (results[1][0] < -110).all()

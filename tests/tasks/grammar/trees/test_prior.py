@@ -17,12 +17,12 @@ from gfnem.posteriors.exact import ExactPosterior
 from gfnem.posteriors.gflownet import GFlowNetPosterior
 from gfnem.posteriors.importance import ImportancePosterior
 from gfnem.posteriors.mcmc import MCMC
-from gfnem.tasks.grammar.model import GrammarModel, NeuralPCFG
+from gfnem.tasks.grammar.model import GrammarModel
 from gfnem.tasks.grammar.moves import Rotations
-from gfnem.tasks.grammar.ncfg import NeuralNCFG
+from gfnem.tasks.grammar.networks import NeuralNCFG, NeuralPCFG
 from gfnem.tasks.grammar.policies.chart import ChartPolicy
 from gfnem.tasks.grammar.policies.root_flow import RootFlowPolicy
-from gfnem.tasks.grammar.rules.potentials import Grammar
+from gfnem.tasks.grammar.rules.dense import DenseGrammar
 from gfnem.tasks.grammar.trees.energy import (
     Depth,
     Imbalance,
@@ -36,8 +36,7 @@ from tests.tasks.grammar import annotated_oracle, oracle
 from tests.tasks.grammar.tiny import (
     LATENTS,
     POLICIES,
-    FixedNCFG,
-    FixedPCFG,
+    FixedModel,
     count_trees,
     every_shape,
     float64,  # noqa: F401
@@ -73,7 +72,7 @@ def by_hand(kind: str, shape: oracle.Shape, length: int) -> float:
 
 
 def weighted(
-    kind: str, words: list[int], strength: float, grammar: Grammar = GRAMMAR
+    kind: str, words: list[int], strength: float, grammar: DenseGrammar = GRAMMAR
 ) -> dict[oracle.Shape, float]:
     """log p(x, shape) - E of every shape."""
     return {
@@ -160,7 +159,7 @@ def test_strength_and_temperature():
 )
 def test_temperature_follows_the_m_steps(annealing, halfway):
     ends = {} if annealing == "constant" else {"final_temperature": 1.0, "horizon": 10}
-    model = FixedPCFG(GRAMMAR)
+    model = FixedModel(GRAMMAR)
     model.tree_prior = TreePrior(Depth(), temperature=4.0, annealing=annealing, **ends)
     seen = []
     for m_steps in (0, 5, 10, 11):
@@ -169,7 +168,7 @@ def test_temperature_follows_the_m_steps(annealing, halfway):
     last = 4.0 if annealing == "constant" else 1.0
     assert seen == pytest.approx([4.0, halfway or 4.0, last, last])
     model.m_step_done(5)
-    again = FixedPCFG(GRAMMAR)
+    again = FixedModel(GRAMMAR)
     again.tree_prior = TreePrior(Depth(), temperature=4.0, annealing=annealing, **ends)
     again.load_state_dict(model.state_dict())
     assert again.tree_prior.temperature == pytest.approx(halfway or 4.0)
@@ -199,7 +198,7 @@ def test_options_that_make_no_prior(options, message):
 
 @pytest.mark.parametrize("kind", ENERGIES)
 def test_log_joint_is_that_of_enumeration(kind):
-    model = FixedPCFG(GRAMMAR)
+    model = FixedModel(GRAMMAR)
     model.tree_prior = TreePrior(ENERGIES[kind](), strength=0.7, temperature=0.5)
     x = sentences([6, 3, 2, 5])
     trees = every_shape(x.lengths)
@@ -216,7 +215,7 @@ def test_m_steps_climb_the_grammars_own_log_joint():
     trees = Trees.random(x.lengths, 3)
     gradients = []
     for prior in (None, TreePrior(Imbalance(), strength=2.0)):
-        model = FixedPCFG(GRAMMAR)
+        model = FixedModel(GRAMMAR)
         model.tree_prior = prior
         model.log_joint(x, trees).mean().backward()
         gradients.append([p.grad for p in model.parameters()])
@@ -225,13 +224,13 @@ def test_m_steps_climb_the_grammars_own_log_joint():
 
 def test_exact_posteriors_and_sleep_phases_are_refused():
     """They are of the grammar alone."""
-    model, x = FixedPCFG(GRAMMAR), sentences([3])
+    model, x = FixedModel(GRAMMAR), sentences([3])
     model.tree_prior = TreePrior(Depth())
     for act in (
         lambda: EM(model, ExactPosterior(), Batch(x), 1),
         lambda: ExactPosterior().sample(model, x, 1),
     ):
-        with pytest.raises(UserError, match="this FixedPCFG is not, because it has a tree"):
+        with pytest.raises(UserError, match="this FixedModel is not, because it has a tree"):
             act()
     policy = RootFlowPolicy(3, 3, 6, width=8)
     for posterior in (
@@ -273,10 +272,10 @@ def test_every_policy_is_rewarded_with_the_weighted_log_joint(kind, latent, back
     policy: Any
     if kind == "chart":
         grammar = annotated_oracle.random_grammar(2, 3, temperature=0.5)
-        model = FixedNCFG(grammar, latent, TreePrior(RightBranching(), strength=1.5))
+        model = FixedModel(grammar, latent, TreePrior(RightBranching(), strength=1.5))
         policy = ChartPolicy(2, 3, 8, latent, clusters=1, width=8)
     else:
-        model = FixedPCFG(GRAMMAR, latent)
+        model = FixedModel(GRAMMAR, latent)
         model.tree_prior = TreePrior(RightBranching(), strength=1.5)
         policy = make_policy(kind, latent, backward)
     x = sentences([5, 2, 4])
@@ -301,7 +300,7 @@ def test_every_policy_is_rewarded_with_the_weighted_log_joint(kind, latent, back
 
 @pytest.mark.parametrize("latent", LATENTS)
 def test_chains_have_the_weighted_posterior(latent):
-    model, x = FixedPCFG(GRAMMAR, latent), sentences([5, 3, 2])
+    model, x = FixedModel(GRAMMAR, latent), sentences([5, 3, 2])
     model.tree_prior = TreePrior(Depth(), strength=1.0)
     torch.manual_seed(0)
     z = MCMC(Rotations(), 4_000, steps=10, burn_in=40).m_step_latents(model, x).z
@@ -312,7 +311,7 @@ def test_chains_have_the_weighted_posterior(latent):
 
 
 def test_resampled_draws_of_the_grammar_have_the_weighted_posterior():
-    model, x = FixedPCFG(GRAMMAR), sentences([5])
+    model, x = FixedModel(GRAMMAR), sentences([5])
     model.tree_prior = TreePrior(Depth(), strength=-1.0)
     torch.manual_seed(0)
     z = ImportancePosterior(proposals=20_000).sample(model, x, 4_000).z
@@ -334,7 +333,7 @@ class Batch:
 @pytest.mark.parametrize("kind", ["right_branching", "imbalance"])
 def test_a_trained_gflownet_has_the_weighted_posterior(kind):
     torch.manual_seed(0)
-    model, x = FixedPCFG(oracle.random_grammar(3, 3)), sentences([6, 5, 4, 6])
+    model, x = FixedModel(oracle.random_grammar(3, 3)), sentences([6, 5, 4, 6])
     model.tree_prior = TreePrior(ENERGIES[kind]())
     posterior = GFlowNetPosterior(RootFlowPolicy(3, 3, 6, width=32), vargrad, samples=32)
     optimizer = partial(torch.optim.Adam, lr=4e-2)
@@ -353,7 +352,7 @@ def test_a_trained_gflownet_has_the_weighted_posterior(kind):
 @pytest.mark.parametrize("latent", LATENTS)
 def test_root_flows_see_what_merges_add_to_the_energy(latent):
     """The same with gradients, without them and from states alone."""
-    model = FixedPCFG(GRAMMAR, latent)
+    model = FixedModel(GRAMMAR, latent)
     policy = make_policy("root_flow", latent)
     x = sentences([5, 2, 4])
     network, log_forward, z = noisy_network(), [], None
