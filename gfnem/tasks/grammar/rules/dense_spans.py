@@ -91,14 +91,14 @@ class DenseSpans(SpanMessages):
         self.tables = tables
         self.semiring = _MAX_PRODUCT if best else _SUM_PRODUCT
         # Spans of one width begin everywhere: here every place has its word's tables.
-        word = tables.word.t()
+        word = tables.word.t().contiguous()
         left, right = tables.left[word], tables.right[word]
         self.parts = [
             _PartTables(
                 part,
                 part.by_context(tables.rules, 0).flatten(2),
-                part.by_context(left, 2),
-                part.by_context(right, 2),
+                part.by_context(left, 2).contiguous(),
+                part.by_context(right, 2).contiguous(),
             )
             for part in contexts.parts
         ]
