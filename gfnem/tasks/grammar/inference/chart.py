@@ -29,48 +29,68 @@ from gfnem.tasks.grammar.trees.tree import Trees
 class Chart:
     """Scores of all spans of at least two words.
 
-    root: p(S -> A).
+    potentials: what they are of.
     scales: of each span; 0 for single words.
     weights: by width, the scale of each split of a span relative to the span's largest.
     peaks: by width, the maximum that each span's messages were divided by.
     """
 
-    root: Float[Tensor, "nonterminals"]
-    lengths: Int[Tensor, "batch"]
+    potentials: Potentials
     messages: SpanMessages
     scales: SpanTable
     weights: dict[int, Float[Tensor, "starts batch splits"]]
     peaks: dict[int, Float[Tensor, "starts batch"]]
 
     @staticmethod
-    @torch.no_grad()
     def of(
         potentials: Potentials,
-        messages: SpanMessages,
         span_scores: Float[Tensor, "batch length+1 length+1"] | None = None,
+        best: bool = False,
     ) -> Chart:
-        """Fill in the messages of all spans.
+        """Fill in the messages of all spans, in double precision where single does not do.
 
         span_scores: added to the log-score of every tree that holds the span.
+        best: of each span's best tree alone.
         """
+        chart, least = Chart._filled(potentials, span_scores, best)
+        double = potentials.in_double(least, chart.root_weights().sum(-1))
+        return chart if double is None else Chart._filled(double, span_scores, best)[0]
+
+    @staticmethod
+    @torch.no_grad()
+    def _filled(
+        potentials: Potentials,
+        span_scores: Float[Tensor, "batch length+1 length+1"] | None,
+        best: bool,
+    ) -> tuple[Chart, Float[Tensor, ""]]:
+        """The chart, and what `Potentials.in_double` asks."""
         batch, length = potentials.log_scale.shape
         scales = SpanTable.zeros(potentials.log_scale, length, batch)
-        chart = Chart(potentials.root.detach(), potentials.lengths, messages, scales, {}, {})
+        messages = potentials.best_spans() if best else potentials.spans()
+        chart, least = Chart(potentials, messages, scales, {}, {}), potentials.root.new_ones(())
+        start = torch.arange(length, device=scales.by_start.device)[:, None]
         for width in range(2, length + 1):
             chart.weights[width], largest = scales.split_weights(width)
             raw = messages.combine(width, chart.weights[width])
-            peak = raw.amax((-1, -2))
+            by_context = raw.amax(-1)
+            peak = by_context.amax(-1)
+            inside = start[: length - width + 1] + width <= potentials.lengths
+            least = torch.minimum(least, torch.where(inside, by_context.amin(-1), 1.0).amin())
             scale = largest + peak.log()
             if span_scores is not None:
                 scale = scale + span_scores.diagonal(width, 1, 2).t()
             chart.peaks[width] = torch.where(peak > 0, peak, 1.0)
             messages.put(width, raw / chart.peaks[width][..., None, None])
             scales.put(width, scale)
-        return chart
+        return chart, least
+
+    @property
+    def lengths(self) -> Int[Tensor, "batch"]:
+        return self.potentials.lengths
 
     def root_weights(self) -> Float[Tensor, "batch nonterminals"]:
         """p(S -> A) beta(0, n)[S, A], divided by exp(root_scale)."""
-        return self.root * self.messages.whole(self.lengths)
+        return self.potentials.root.detach() * self.messages.whole(self.lengths)
 
     def root_scale(self) -> Float[Tensor, "batch"]:
         return self.scales.whole(self.lengths)
@@ -131,10 +151,10 @@ class _LogPartition(torch.autograd.Function):
     """log p(x) without the words' scales; its gradient is the outside algorithm."""
 
     @staticmethod
-    def forward(ctx, potentials: Potentials, chart: Chart | None, span_scores, *tables: Tensor):  # pyright: ignore
-        ctx.chart = chart or Chart.of(potentials, potentials.spans(), span_scores)
-        total = ctx.chart.root_weights().sum(-1)
-        log_total = total.log() + ctx.chart.root_scale()
+    def forward(ctx, chart: Chart, span_scores: Tensor | None, *tables: Tensor):  # pyright: ignore
+        ctx.chart = chart
+        total = chart.root_weights().sum(-1)
+        log_total = total.log() + chart.root_scale()
         ctx.save_for_backward(total, log_total)
         return log_total
 
@@ -145,7 +165,7 @@ class _LogPartition(torch.autograd.Function):
         total, log_total = ctx.saved_tensors
         seed = torch.where(log_total.isfinite(), grad / total, 0.0)
         gradients = chart.messages.gradients()
-        gradients.seed(chart.lengths, seed[:, None] * chart.root)
+        gradients.seed(chart.lengths, seed[:, None] * chart.potentials.root)
         length = chart.scales.length
         grad_spans = total.new_zeros(len(total), length + 1, length + 1)
         # The gradient of a label that is next to impossible in its span has no bound.
@@ -157,16 +177,20 @@ class _LogPartition(torch.autograd.Function):
             out = (received / chart.peaks[width][..., None, None]).clamp(-limit, limit)
             gradients.spread(width, chart.weights[width], out)
         grad_root = seed @ chart.messages.whole(chart.lengths)
-        if not ctx.needs_input_grad[2]:
+        if not ctx.needs_input_grad[1]:
             grad_spans = None
-        return None, None, grad_spans, grad_root, *gradients.tables()
+        return None, grad_spans, grad_root, *gradients.tables()
 
 
-def log_root(
-    potentials: Potentials,
-    chart: Chart | None,
-    span_scores: Float[Tensor, "batch length+1 length+1"] | None,
+def log_total(
+    chart: Chart, span_scores: Float[Tensor, "batch length+1 length+1"] | None = None
 ) -> Float[Tensor, "batch"]:
-    """log p(x), differentiable in the potentials' tables and in the spans' scores."""
-    total = _LogPartition.apply(potentials, chart, span_scores, *potentials.tables())
+    """log p(x), differentiable in the tables of the chart's potentials and in the spans' scores.
+
+    span_scores: those that the chart was made with, or zeros.
+    """
+    potentials = chart.potentials
+    if span_scores is not None:
+        span_scores = span_scores.to(potentials.root.dtype)
+    total = _LogPartition.apply(chart, span_scores, *potentials.tables())
     return total + potentials.total_log_scale

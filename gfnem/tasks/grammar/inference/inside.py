@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from gfnem.categorical import sample_categorical
 from gfnem.errors import UserError
-from gfnem.tasks.grammar.inference.chart import Chart, log_root, top_down
+from gfnem.tasks.grammar.inference.chart import Chart, log_total, top_down
 from gfnem.tasks.grammar.rules.grammar import Potentials, SameGrammar
 from gfnem.tasks.grammar.rules.messages import Children
 from gfnem.tasks.grammar.rules.span_table import SpanTable
@@ -31,7 +31,7 @@ def inside_chart(potentials: Potentials) -> Chart:
 
     Without gradients. Best trees have a chart of their own.
     """
-    return Chart.of(potentials, potentials.spans())
+    return Chart.of(potentials)
 
 
 def log_partition(
@@ -48,7 +48,8 @@ def log_partition(
     chart: of the potentials, where it is at hand; without span scores.
     """
     assert span_scores is None or chart is None, "a chart has the span scores that it was made with"
-    return log_root(potentials, chart, span_scores)
+    total = log_total(chart or Chart.of(potentials, span_scores), span_scores)
+    return total.to(potentials.root.dtype)
 
 
 def span_marginals(
@@ -59,10 +60,10 @@ def span_marginals(
     chart: of the potentials, where it is at hand.
     """
     batch, length = potentials.log_scale.shape
+    chart = chart or Chart.of(potentials.detach())
     with torch.enable_grad():
         scores = potentials.log_scale.new_zeros(batch, length + 1, length + 1).requires_grad_()
-        total = log_root(potentials.detach(), chart, scores)
-        return torch.autograd.grad(total.sum(), scores)[0]
+        return torch.autograd.grad(log_total(chart, scores).sum(), scores)[0]
 
 
 def expected_counts(
@@ -119,17 +120,16 @@ def viterbi(potentials: Potentials) -> tuple[Trees, Float[Tensor, "batch"]]:
     nodes = int(potentials.lengths.max()) - 1
     found: list[tuple[Tensor, ...]] = []
     for rows in torch.arange(batch, device=potentials.lengths.device).split(at_once):
-        these = potentials.select(rows)
-        chart = Chart.of(these, these.best_spans())
+        chart = Chart.of(potentials.select(rows), best=True)
         weights = _possible(chart.root_weights(), int(rows[0]))
-        log_joint = weights.amax(-1).log() + chart.root_scale() + these.total_log_scale
+        log_joint = weights.amax(-1).log() + chart.root_scale() + chart.potentials.total_log_scale
         trees = chart.trees(best(weights)[:, None], best)
         assert trees.labels is not None
         missing = 0, nodes - trees.start.shape[-1]
         start, end = pad(trees.start, missing), pad(trees.end, missing)
         found.append((start, end, pad(trees.labels, missing, value=-1), log_joint))
     start, end, label, log_joint = (torch.cat(fields) for fields in zip(*found, strict=True))
-    return Trees(start, end, potentials.lengths, label), log_joint
+    return Trees(start, end, potentials.lengths, label), log_joint.to(potentials.root.dtype)
 
 
 @torch.no_grad()

@@ -36,10 +36,13 @@ class NodeMessages(NamedTuple):
     def select(self, nodes: slice | Int[Tensor, "nodes"]) -> NodeMessages:
         return NodeMessages(self.message[nodes], self.log_scale[nodes])
 
+    def whole(self, levels: Levels, potentials: Potentials) -> Float[Tensor, "rows"]:
+        """Probability of each tree and its words, up to scales."""
+        return self.message[levels.root, potentials.contexts.root] @ potentials.root
+
     def log_whole(self, levels: Levels, potentials: Potentials) -> Float[Tensor, "rows"]:
-        """log-probability of each tree and its words, up to their scales."""
-        top = self.message[levels.root, potentials.contexts.root]
-        return (top @ potentials.root).log() + self.log_scale[levels.root]
+        """log-probability of each tree and its words, up to the words' scales."""
+        return self.whole(levels, potentials).log() + self.log_scale[levels.root]
 
 
 def positive(x: Tensor) -> Tensor:
@@ -54,11 +57,14 @@ class _Upward:
     messages: of all nodes.
     factor: the maxima that their messages were divided by.
     kept: what merges remember, by the first node of their slice.
+    least: what `Potentials.in_double` asks.
     """
 
+    potentials: Potentials
     messages: NodeMessages
     factor: Float[Tensor, "total"]
     kept: dict[int, Kept]
+    least: Float[Tensor, ""]
 
 
 def upward(
@@ -68,6 +74,14 @@ def upward(
     return _upward(potentials, levels, known).messages
 
 
+def _all_upward(potentials: Potentials, levels: Levels) -> _Upward:
+    """Of all nodes, in double precision where single does not do."""
+    up = _upward(potentials, levels)
+    double = potentials.in_double(up.least, up.messages.whole(levels, potentials))
+    return up if double is None else _upward(double, levels)
+
+
+@torch.no_grad()
 def _upward(potentials: Potentials, levels: Levels, known: NodeMessages | None = None) -> _Upward:
     of_two_words = potentials.two_words()
     message = of_two_words.new_empty(len(levels.row), *of_two_words.shape[2:])
@@ -75,6 +89,7 @@ def _upward(potentials: Potentials, levels: Levels, known: NodeMessages | None =
     # A word's place is -1, the last: its scale is 0.
     log_scale = message.new_zeros(len(levels.row) + 1)
     kept: dict[int, Kept] = {}
+    least = message.new_ones(())
     if known is not None:
         message[: levels.known], log_scale[: levels.known] = known
     for kind, first, behind in levels.slices:
@@ -90,11 +105,13 @@ def _upward(potentials: Potentials, levels: Levels, known: NodeMessages | None =
         else:
             word, child = levels.end[nodes] - 1, message[left]
             raw, kept[first] = potentials.word_on_right(sentence, word, child)
-        largest = raw.amax((1, 2))
+        by_context = raw.amax(2)
+        largest = by_context.amax(1)
+        least = torch.minimum(least, by_context.amin())
         factor[nodes] = positive(largest)
         message[nodes] = raw / factor[nodes, None, None]
         log_scale[nodes] = log_scale[left] + log_scale[right] + largest.log()
-    return _Upward(NodeMessages(message, log_scale[:-1]), factor, kept)
+    return _Upward(potentials, NodeMessages(message, log_scale[:-1]), factor, kept, least)
 
 
 class _LogJointShape(torch.autograd.Function):
@@ -105,17 +122,16 @@ class _LogJointShape(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, potentials: Potentials, levels: Levels, *tables: Tensor):  # pyright: ignore
-        ctx.potentials, ctx.levels = potentials, levels
-        ctx.up = _upward(potentials, levels)
-        return ctx.up.messages.log_whole(levels, potentials)
+    def forward(ctx, up: _Upward, levels: Levels, *tables: Tensor):  # pyright: ignore
+        ctx.up, ctx.levels = up, levels
+        return up.messages.log_whole(levels, up.potentials)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # pyright: ignore
-        potentials: Potentials = ctx.potentials
-        levels: Levels = ctx.levels
         up: _Upward = ctx.up
+        levels: Levels = ctx.levels
+        potentials = up.potentials
         message, context = up.messages.message, potentials.contexts.root
         root, top = potentials.root, message[levels.root, context]
         probability = top @ root
@@ -153,8 +169,11 @@ def log_joint_shape(potentials: Potentials, trees: Trees) -> Float[Tensor, "batc
     Its gradient costs about as much as the value and is exact; -inf, with gradient zero, where the
     grammar gives a shape no probability.
     """
-    value = _LogJointShape.apply(potentials, Levels.of(trees), *potentials.tables())
-    return value.view(trees.start.shape[:2]) + potentials.total_log_scale[:, None]
+    levels = Levels.of(trees)
+    up = _all_upward(potentials, levels)
+    value = _LogJointShape.apply(up, levels, *up.potentials.tables())
+    value = value.view(trees.start.shape[:2]) + up.potentials.total_log_scale[:, None]
+    return value.to(potentials.root.dtype)
 
 
 def shape_scores(
@@ -165,13 +184,15 @@ def shape_scores(
     The former is the logarithm of sum over A of p(words under the node, shape below it | A, P),
     averaged over the contexts P that labels make. No gradients.
     """
-    levels = Levels.of(trees)
-    messages = upward(potentials, levels)
+    levels, dtype = Levels.of(trees), potentials.root.dtype
+    up = _all_upward(potentials, levels)
+    potentials, messages = up.potentials, up.messages
     inner = torch.zeros_like(levels.row, dtype=torch.bool)
     nodes = potentials.average(messages.message, inner).sum(-1).log() + messages.log_scale
     whole = messages.log_whole(levels, potentials).view(trees.start.shape[:2])
     log_joint = whole + potentials.total_log_scale[:, None]
-    return levels.by_gap(nodes, trees) + scales_under(potentials, trees), log_joint
+    scores = levels.by_gap(nodes, trees) + scales_under(potentials, trees)
+    return scores.to(dtype), log_joint.to(dtype)
 
 
 def scales_under(potentials: Potentials, trees: Trees) -> Float[Tensor, "batch samples nodes"]:
@@ -188,7 +209,8 @@ def sample_labels(
     """The same trees with nonterminals drawn from the exact p(labels | shape, x), top-down."""
     draw = partial(sample_categorical, generator=generator)
     levels, contexts = Levels.of(trees), potentials.contexts
-    message = upward(potentials, levels).message
+    up = _all_upward(potentials, levels)
+    potentials, message = up.potentials, up.messages.message
     label = torch.zeros_like(levels.row)
     above = torch.full_like(label, contexts.labels)
     label[levels.root] = draw(potentials.root * message[levels.root, contexts.root])

@@ -390,7 +390,7 @@ class ChartPolicy(NumberedPolicy):
         word_left = finite_log(splits.word_left.gather(1, right[:, None])).squeeze(1)
         word_right = finite_log(splits.word_right.gather(1, left[:, None])).squeeze(1)
         chosen = torch.where(width == spans.width - 1, word_right, inner)
-        chosen = torch.where(width == 1, word_left, chosen) + finite_log(splits.weights[at])
+        chosen = torch.where(width == 1, word_left, chosen) + splits.log_weights[at]
         total = splits.first(spans.width).sum((1, 2))
         # Where all weights are zero there is nothing to draw.
         chosen = torch.where(total > 0, chosen, torch.nan)

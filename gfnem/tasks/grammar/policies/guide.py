@@ -79,8 +79,8 @@ def unguided(potentials: Potentials) -> Guide:
 
 def exact(potentials: Potentials) -> Guide:
     """The grammar's own inside scores."""
-    chart = inside.inside_chart(potentials)
-    return Guide(chart.messages.table(), chart.scales)
+    chart, dtype = inside.inside_chart(potentials), potentials.root.dtype
+    return Guide(chart.messages.table().to(dtype), chart.scales.to(dtype))
 
 
 def relaxed(

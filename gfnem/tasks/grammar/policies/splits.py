@@ -33,13 +33,13 @@ class Spans(NamedTuple):
 class Splits(NamedTuple):
     """Weights of the splits of spans of at least three words; a choice is (split, B, C).
 
-    weights: of each split, relative to the span's largest.
+    log_weights: of each split, relative to the span's largest.
     left, right: of the children's labels, 0 for words.
     rules: p(A -> B C | A, P).
     word_left, word_right: of the other child's label where one child is a word.
     """
 
-    weights: Float[Tensor, "spans splits"]
+    log_weights: Float[Tensor, "spans splits"]
     left: Float[Tensor, "spans splits nonterminals"]
     right: Float[Tensor, "spans splits nonterminals"]
     rules: Float[Tensor, "spans nonterminals nonterminals"]
@@ -52,7 +52,7 @@ class Splits(NamedTuple):
         row = torch.arange(len(width), device=width.device)
         options = options.index_put((row, torch.zeros_like(width)), self.word_left)
         options = options.index_put((row, width - 2), self.word_right)
-        return self.weights[..., None] * options
+        return self.log_weights.exp()[..., None] * options
 
     def joint(self, width: Int[Tensor, "spans"]) -> Float[Tensor, "spans choices"]:
         """Weights of all choices; a word's label counts as 0."""
@@ -61,7 +61,8 @@ class Splits(NamedTuple):
         none = torch.zeros_like(width)
         options = options.index_put((row, none, none), self.word_left)
         options = options.transpose(2, 3).index_put((row, width - 2, none), self.word_right)
-        return (self.weights[..., None, None] * options.transpose(2, 3)).flatten(1)
+        weights = self.log_weights.exp()[..., None, None]
+        return (weights * options.transpose(2, 3)).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -150,21 +151,19 @@ class ChartCondition:
         valid = split < width
         split = torch.minimum(split, width - 1)
         middle = start + split
-        left_scale = self.guide.scales.by_start[start, sentence, split]
-        right_scale = self.guide.scales.by_start[middle, sentence, width - split]
-        scale = torch.where(valid, left_scale + right_scale, -torch.inf)
-        largest = scale.amax(-1, keepdim=True).clamp(min=torch.finfo(scale.dtype).min)
         table, row, context = self.potentials, spans.sentence, self.seen(spans.above)
         last = spans.start + spans.width - 1
-        left, right = self._children(
+        (left, right), scales = self._children(
             sentence,
             torch.stack([start.expand_as(middle), middle]),
             torch.stack([split, width - split]),
             spans.label[:, None],
         )
+        scale = torch.where(valid, scales.sum(0), -torch.inf)
+        largest = scale.amax(-1, keepdim=True).clamp(min=torch.finfo(scale.dtype).min)
         wide = torch.arange(len(row), device=row.device), spans.width - 2
         return Splits(
-            weights=(scale - largest).exp(),
+            log_weights=scale - largest,
             left=left,
             right=right,
             rules=table.inner_rules(spans.label, context),
@@ -178,12 +177,18 @@ class ChartCondition:
         start: Int[Tensor, "2 spans splits"],
         width: Int[Tensor, "2 spans splits"],
         parent: Int[Tensor, "spans 1"],
-    ) -> Float[Tensor, "2 spans splits nonterminals"]:
-        """exp b of each label, without its scale; 0 for words."""
+    ) -> tuple[Float[Tensor, "2 spans splits nonterminals"], Float[Tensor, "2 spans splits"]]:
+        """exp b of each label relative to a scale, 0 for words, and the scales' logarithms."""
         guide = self.guide.scores(sentence, start, width, self.seen(parent))
         # A word has no span, and a guide of 0.
-        end = torch.where(width > 1, start + width, start)
-        return guide * self.residual(sentence, start, end, parent).exp()
+        is_span = width > 1
+        residual = self.residual(
+            sentence, start, torch.where(is_span, start + width, start), parent
+        )
+        residual = torch.where(is_span[..., None], residual, 0.0)
+        largest = residual.detach().amax(-1)
+        scale = self.guide.scales.by_start[start, sentence, width] + largest
+        return guide * (residual - largest[..., None]).exp(), scale
 
 
 def finite_log(x: Tensor) -> Tensor:

@@ -52,12 +52,12 @@ class DenseGrammar(Grammar):
         contexts = self.contexts
         (part,) = contexts.parts
         if contexts.total == 1:
-            words, word = words.flatten(), torch.arange(words.numel()).view_as(words)
-            word = word.to(words.device)
+            distinct = words.flatten()
+            word = torch.arange(words.numel(), device=words.device).view_as(words)
         else:
             # Tables are large and words come again: every one has a table but once.
-            words, word = words.unique(return_inverse=True)
-        said = Words.of(self, words)
+            distinct, word = words.unique(return_inverse=True)
+        said = Words.of(self, distinct)
         rules, word_inner, inner_word, word_word = _Probabilities.apply(
             self.binary.transpose(0, 1), self.nonterminals
         )
@@ -83,6 +83,9 @@ class DenseGrammar(Grammar):
             log_scale=said.log_scale[word],
             log_word=said.log_word[word],
             lengths=lengths,
+            words=words,
+            grammar=self,
+            spread=self.spread(),
         )
 
 
@@ -205,7 +208,7 @@ class DensePotentials(Potentials):
     both: sum over T and U of p(A -> T U) p(T -> w_i) p(U -> w_i+1), indexed [i, A, P].
     """
 
-    of_grammar: ClassVar[set[str]] = {"root", "contexts", "rules", "left", "right"}
+    of_grammar: ClassVar[set[str]] = Potentials.of_grammar | {"rules", "left", "right"}
     rules: Float[Tensor, "nonterminals contexts nonterminals nonterminals"]
     word: Int[Tensor, "batch length"]
     left: Float[Tensor, "words nonterminals contexts nonterminals"]
@@ -305,6 +308,7 @@ class DensePotentials(Potentials):
 
         averaged = replace(
             self,
+            grammar=None,
             rules=torch.einsum("apbc,awp->awbc", self.rules, weight),
             left=of_words(self.left),
             right=of_words(self.right),

@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from math import log
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -63,6 +64,22 @@ class Grammar(ABC):
     @abstractmethod
     def rank(self) -> int | None:
         """Of the binary rules; None where each has a probability of its own."""
+
+    @torch.no_grad()
+    def spread(self) -> Float[Tensor, ""]:
+        """How far apart log-probabilities of binary rules are that compete, at most.
+
+        Those of -inf are left out.
+        """
+        widest = self.root.new_zeros(())
+        for table in self.choices():
+            least = torch.where(table.isfinite(), table, torch.inf).amin(-1)
+            widest = torch.maximum(widest, (table.amax(-1) - least).nan_to_num(0.0).amax())
+        return widest
+
+    def choices(self) -> tuple[Float[Tensor, "*any outcomes"], ...]:
+        """Log-probabilities of what binary rules choose from."""
+        return (self.under_contexts(),)
 
     @abstractmethod
     def under_contexts(self) -> Float[Tensor, "contexts nonterminals outcomes"]:
@@ -142,16 +159,22 @@ class Potentials(ABC):
     log_scale: every p(T -> w_i) is divided by exp(log_scale[i]), their maximum.
     log_word: log of the mean over T and contexts of p(T -> w_i).
     lengths: words of each sentence; entries behind the sentence are meaningless.
+    words: their ids.
+    grammar: what the tables were made of; None where they are averages of its rules.
+    spread: `Grammar.spread`.
     """
 
     # Names of what is there once for all sentences.
-    of_grammar: ClassVar[set[str]] = {"root", "contexts"}
+    of_grammar: ClassVar[set[str]] = {"root", "contexts", "grammar", "spread"}
     root: Float[Tensor, "nonterminals"]
     contexts: Contexts
     preterminal: Float[Tensor, "batch length preterminals"]
     log_scale: Float[Tensor, "batch length"]
     log_word: Float[Tensor, "batch length"]
     lengths: Int[Tensor, "batch"]
+    words: Int[Tensor, "batch length"]
+    grammar: Grammar | None
+    spread: Float[Tensor, ""]
 
     @property
     def total_log_scale(self) -> Float[Tensor, "batch"]:
@@ -165,7 +188,30 @@ class Potentials(ABC):
 
     def detach(self: SamePotentials) -> SamePotentials:
         """The same without gradients."""
-        return self._map(Tensor.detach, lambda name: name != "contexts")
+        detached = self._map(Tensor.detach, lambda name: name not in ("contexts", "grammar"))
+        grammar = None if self.grammar is None else self.grammar.map(Tensor.detach)
+        return replace(detached, grammar=grammar)
+
+    def in_double(
+        self, least: Float[Tensor, ""], total: Float[Tensor, "trees"]
+    ) -> Potentials | None:
+        """The same in double precision, where single precision does not do; otherwise None.
+
+        A message holds what is more than `tiny` of its largest value. Of what is lost nothing
+        matters as long as rules cannot make up for it, which differ by their `spread` at most, and
+        every context has a value far above: sums are then right to e^-14. Asking waits for the
+        device.
+
+        least: of all nodes or spans and all contexts, the smallest of their largest values before
+            they were scaled.
+        total: of whole sentences or trees, the sum of p(S -> A) times their scaled message.
+        """
+        if self.grammar is None or self.root.dtype == torch.float64:
+            return None
+        room = -log(torch.finfo(self.root.dtype).tiny) - 14
+        if float(torch.maximum(self.spread - least.log(), -total.detach().amin().log())) < room:
+            return None
+        return self.grammar.map(Tensor.double).potentials(self.words, self.lengths)
 
     def _map(
         self: SamePotentials, change: Callable[[Tensor], Tensor], chosen: Callable[[str], bool]

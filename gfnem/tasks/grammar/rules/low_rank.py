@@ -46,6 +46,9 @@ class LowRankGrammar(Grammar):
     def under_contexts(self) -> Tensor:
         return self.mixture
 
+    def choices(self) -> tuple[Tensor, ...]:
+        return self.mixture, self.left, self.right
+
     def draw_children(
         self, label: Tensor, context: Tensor, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
@@ -80,6 +83,9 @@ class LowRankGrammar(Grammar):
             log_scale=said.log_scale,
             log_word=said.log_word,
             lengths=lengths,
+            words=words,
+            grammar=self,
+            spread=self.spread(),
         )
 
 
@@ -93,7 +99,7 @@ class LowRankPotentials(Potentials):
     word_right: the same with word i the right child.
     """
 
-    of_grammar: ClassVar[set[str]] = {"root", "contexts", "mixture", "left", "right"}
+    of_grammar: ClassVar[set[str]] = Potentials.of_grammar | {"mixture", "left", "right"}
     mixture: Float[Tensor, "nonterminals contexts rank"]
     left: Float[Tensor, "rank nonterminals"]
     right: Float[Tensor, "rank nonterminals"]
@@ -207,6 +213,7 @@ class LowRankPotentials(Potentials):
         on_right = mixture * self.word_right[:, :, below, None]
         word = torch.arange(self.log_scale.numel(), device=self.log_scale.device)
         shared: Any = {field.name: getattr(self, field.name) for field in fields(Potentials)}
+        shared["grammar"] = None
         return DensePotentials(
             **shared,
             rules=(mixture[..., None, :] * self.left.t()) @ self.right,

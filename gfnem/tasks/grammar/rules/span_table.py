@@ -25,6 +25,9 @@ class SpanTable:
         size = (length + 1, batch, length + 1, *shape)
         return SpanTable(like.new_zeros(size), like.new_zeros(size))
 
+    def to(self, dtype: torch.dtype) -> SpanTable:
+        return SpanTable(self.by_start.to(dtype), self.by_end.to(dtype))
+
     @property
     def length(self) -> int:
         return self.by_start.shape[0] - 1

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from copy import deepcopy
 from dataclasses import replace
 from math import exp
 from typing import Any
@@ -553,3 +554,24 @@ def test_sentences_longer_than_any_learned_from():
     paths = policy.sample(policy.condition(model, x), 3000)
     expected = log_likelihood(model, x).tolist()
     assert log_mean_exp(paths.log_weights).tolist() == pytest.approx(expected, abs=0.05)
+
+
+@pytest.mark.parametrize("correction", [50.0, -90.0, 300.0])
+@pytest.mark.parametrize("latent", LATENTS)
+def test_corrections_of_any_size(latent: Any, correction: float):
+    """Added to what the encoder says of all spans: in single as in double precision."""
+    model, policy = ncfg(latent), make_policy(latent, "relaxation", noise=0.3).eval()
+    x = sentences([6, 4])
+    trees = model.sample_labels(model.potentials(x), Trees.random(x.lengths, 3))
+    found = []
+    for one, q in ((model, policy), (deepcopy(model).float(), deepcopy(policy).float())):
+        condition = q.condition(one, x)
+        encoding = condition.encoding
+        scores = encoding.scores.detach().clone().requires_grad_()
+        moved = replace(encoding, scores=scores + correction)
+        paths = q.retrace(replace(condition, encode=lambda moved=moved: moved), trees)
+        (gradient,) = torch.autograd.grad(paths.log_forward.sum(), scores)
+        found.append((paths.log_forward.double(), gradient.double()))
+    for single, double in zip(*found, strict=True):
+        assert double.isfinite().all()
+        torch.testing.assert_close(single, double, rtol=1e-4, atol=1e-3)
