@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
+
+from gfnem.app.folders import check_folders, comments, config_folder, groups_in
 
 USAGE = """\
 gfnem: latent variable models with compositional latents, trained by GFlowNet-EM
@@ -34,12 +35,17 @@ usage:
 flags:
   -h, --help          this text
   --version           gfnem's version
-  --cfg               print the whole configuration and stop
-  -m, --multirun      one run for every combination of comma-separated values, one after another
-  --config-dir DIR    configuration files of your own, beside gfnem's
+  -c, --cfg job       print the whole configuration and stop; --resolve: without references
+  -m, --multirun      a sweep, one run for every combination of comma-separated values
+  -cd, --config-dir DIR
+                      configuration files of your own, beside gfnem's; modules in the folder that
+                      holds DIR are found
+  -i, --info          how the configuration is put together; --hydra-help: what else Hydra offers
+  -sc, --shell-completion install=bash
+                      completion for a shell: eval "$(gfnem -sc install=bash)"; zsh or fish, too
 
 An OVERRIDE is key=value, as Hydra reads it: GROUP=OPTION chooses a part, GROUP.KEY=VALUE sets one
-of its options (gfnem --cfg prints them all); seed, run_dir, threads, model_from and latent are
+of its options (gfnem --cfg job prints them all); seed, run_dir, threads, model_from and latent are
 set directly.
 
 groups and their options:
@@ -55,39 +61,26 @@ examples:
 """
 
 
-def config_folder() -> Path:
-    """gfnem's conf/: within the installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parent
-    installed = package / "conf"
-    return installed if installed.is_dir() else package.parent / "conf"
+def text(verb: str = "train", folder: Path | None = None) -> str:
+    """The whole help text.
 
+    folder: more configuration files, beside gfnem's own.
 
-def groups_in(folder: Path) -> dict[str, dict[str, str]]:
-    """Group -> option -> the first comment in its file."""
-    groups: dict[str, dict[str, str]] = {}
-    for file in sorted(folder.glob("*/*.yaml")):
-        groups.setdefault(file.parent.name, {})[file.stem] = next(_comments(file), "")
-    return groups
-
-
-def _comments(file: Path) -> Iterator[str]:
-    for line in file.read_text().splitlines():
-        comment = line.removeprefix("#").strip()
-        if line.startswith("#") and not comment.startswith("@package"):
-            yield comment
-
-
-def text() -> str:
-    """The whole help text."""
+    Raises UserError for a folder that cannot be used.
+    """
+    folders = [] if folder is None else [folder]
+    check_folders(folders)
     lines = []
-    for group, options in groups_in(config_folder()).items():
+    for group, options in groups_in(config_folder(), *folders).items():
         for number, (option, comment) in enumerate(options.items()):
             start = f"  {group if number == 0 else '':<14}{option:<18}"
             lines += textwrap.wrap(
                 start + comment, width=100, subsequent_indent=" " * len(start), tabsize=1
             )
     # Those of a task are comments in its file.
-    tasks = sorted(config_folder().glob("task/*.yaml"))
-    of_tasks = [c for file in tasks for c in _comments(file) if c.startswith("gfnem ")]
+    tasks = [
+        file for one in (config_folder(), *folders) for file in sorted(one.glob("task/*.yaml"))
+    ]
+    of_tasks = [c for file in tasks for c in comments(file) if c.startswith("gfnem ")]
     examples = "".join(f"  {example}\n" for example in of_tasks)
     return f"{USAGE}{chr(10).join(lines)}\n\n{EXAMPLES}{examples}"

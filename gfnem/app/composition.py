@@ -1,0 +1,329 @@
+"""From overrides to a composed configuration; whatever is wrong with them is one clear line."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from gfnem.app.folders import check_folders, config_folder, groups_in
+from gfnem.app.nearest import did_you_mean
+from gfnem.app.overrides import (
+    check,
+    each_value,
+    launchers_and_sweepers,
+    line_of,
+    parsed,
+    products,
+    values_of,
+)
+from gfnem.errors import UserError
+
+# What every run is made of; each part is a mapping with a `_target_`, or null.
+PARTS = (
+    "data",
+    "model",
+    "policy",
+    "objective",
+    "local_search",
+    "refinement",
+    "posterior",
+    "warm_start",
+    "schedule",
+    "optimizer",
+    "em",
+    "evaluator",
+    "tracker",
+)
+# What a launcher or a sweeper needs beside gfnem, as an extra of it.
+EXTRAS = {
+    "joblib": "joblib",
+    "submitit_local": "slurm",
+    "submitit_slurm": "slurm",
+    "optuna": "optuna",
+}
+
+
+def model_parts(config: Mapping[Any, Any]) -> list[str]:
+    """What a run has beside PARTS: groups that its task's models take beside their own options.
+
+    Raises UserError for a configuration that does not list them.
+    """
+    named = config.get("model_parts")
+    if not isinstance(named, (list, ListConfig)) or not all(isinstance(n, str) for n in named):
+        raise UserError(
+            f"model_parts is {named}; it must be a list of groups, which older runs do not have"
+        )
+    return list(named)
+
+
+def compose(overrides: Sequence[str], folder: Path | None = None) -> DictConfig:
+    """The configuration of a new run.
+
+    folder: more configuration files, beside gfnem's own.
+
+    Raises UserError for overrides that cannot be read or that nothing takes.
+    """
+    check_overrides(overrides, folder)
+    return _settled(_hydra_compose(config_folder(), _with_folder(overrides, folder)))
+
+
+def check_overrides(
+    overrides: Sequence[str], folder: Path | None = None, multirun: bool = False
+) -> None:
+    """Raise UserError for overrides of a new run that can be told to be wrong one by one."""
+    given = [parsed(override) for override in overrides]
+    folders = [*_searched(given), *([] if folder is None else [folder])]
+    check_folders(folders)
+    groups = groups_in(config_folder(), *folders) | launchers_and_sweepers()
+    for override in given:
+        for value in values_of(override) if multirun else [override]:
+            check(value, groups, multirun)
+
+
+def compose_stored(run: Path, overrides: Sequence[str]) -> DictConfig:
+    """The configuration in a run's directory, with some of its values changed.
+
+    Raises UserError for overrides that cannot be read or that nothing takes.
+    """
+    for override in overrides:
+        check(parsed(override), {})
+    config = _settled(_hydra_compose(run.resolve(), overrides))
+    # The run's checkpoints hold all parameters, those that came from other runs too.
+    config.model_from = None
+    for part in model_parts(config):
+        _leave_out_runs(config.get(part))
+    return config
+
+
+def _leave_out_runs(options: Any) -> None:
+    """Set every `run`, the directory of another run, to null."""
+    if isinstance(options, DictConfig):
+        for name, value in options.items():
+            if name == "run":
+                options.run = None
+            _leave_out_runs(value)
+
+
+class Sweep:
+    """What a command line with several values is about.
+
+    Attributes:
+        directory: where its jobs go.
+        varied: the overrides and their values.
+        fixed: names of the options that have one value each.
+        grid: whether every combination of values is a job; other sweepers choose.
+
+    Raises:
+        UserError: as `compose`, and for a launcher or a sweeper that is not installed.
+    """
+
+    def __init__(self, overrides: Sequence[str], folder: Path | None = None) -> None:
+        check_overrides(overrides, folder, multirun=True)
+        self._folder = folder
+        given = [parsed(override) for override in overrides]
+        config = self._composed(o.input_line or "" for o in given if not o.is_sweep_override())
+        _check_plugins(config.hydra)
+        self.directory = Path(config.hydra.sweep.dir)
+        self.grid = config.hydra.runtime.choices["hydra/sweeper"] == "basic"
+        # What is given counts more than what an experiment sweeps over by itself.
+        params = config.hydra.sweeper.get("params") or {}
+        swept = [parsed(f"{key}={values}") for key, values in params.items()]
+        options = (o for o in (*swept, *given) if not o.is_hydra_override())
+        self.varied = list({o.get_key_element(): o for o in options}.values())
+        self.fixed = sorted(o.key_or_group for o in self.varied if not o.is_sweep_override())
+        self._of_hydra = [o.input_line or "" for o in given if o.is_hydra_override()]
+
+    def jobs(self) -> list[list[str]]:
+        """The overrides of all jobs of a grid; of another sweep jobs with every value in it.
+
+        Raises UserError for a sweep over an interval, of which there is no grid.
+        """
+        for override in self.varied:
+            if self.grid and override.is_sweep_override() and not override.is_discrete_sweep():
+                raise UserError(
+                    f"{override.input_line}: not all values of an interval can be taken; list "
+                    "some, or use hydra/sweeper=optuna"
+                )
+        return products(self.varied) if self.grid else each_value(self.varied)
+
+    def configurations(self) -> Iterator[DictConfig]:
+        """Of all `jobs`."""
+        for job in self.jobs():
+            yield _settled(self._composed([*self._of_hydra, *job]))
+
+    def _composed(self, overrides: Iterable[str]) -> DictConfig:
+        return _hydra_compose(config_folder(), _with_folder(list(overrides), self._folder))
+
+
+def combinations(overrides: Sequence[str], folder: Path | None = None) -> list[list[str]]:
+    """The overrides of every job of a sweep, `seed=1,2,3 posterior=exact,gflownet`.
+
+    What an experiment sweeps over by itself, its `hydra.sweeper.params`, comes in addition; what is
+    given counts more.
+    """
+    return Sweep(overrides, folder).jobs()
+
+
+def settle(config: DictConfig, hydra: DictConfig) -> None:
+    """Finish a composed configuration, once Hydra has done its part.
+
+    hydra: what Hydra says of itself.
+
+    Raises UserError for what has no effect or belongs to another task.
+    """
+    overrides = task_overrides(hydra)
+    _check_task(config, hydra.runtime.choices)
+    _drop_parts_not_chosen(config, overrides)
+    _check_m_step(config, overrides)
+    beside = [str(folder.parent) for folder in _folders(hydra)]
+    if beside:
+        config.module_folders = [*config.module_folders, *beside]
+
+
+def task_overrides(hydra: DictConfig) -> list[str]:
+    """The overrides that Hydra has taken, without those of its own configuration."""
+    return cast(list[str], OmegaConf.to_container(hydra.overrides.task))
+
+
+def _settled(config: DictConfig) -> DictConfig:
+    with open_dict(config):
+        hydra = config.pop("hydra")
+    settle(config, hydra)
+    return config
+
+
+def _with_folder(overrides: Sequence[str], folder: Path | None) -> list[str]:
+    """Overrides that name a folder of configuration files in Hydra's way, too."""
+    if folder is None:
+        return list(overrides)
+    folders = [*_searched([parsed(override) for override in overrides]), folder]
+    paths = (QuotedString(f"file://{f.resolve()}", Quote.single).with_quotes() for f in folders)
+    others = [o for o in overrides if not o.startswith("hydra.searchpath=")]
+    return [f"hydra.searchpath=[{','.join(paths)}]", *others]
+
+
+def _searched(overrides: Sequence[Override]) -> list[Path]:
+    """Folders of configuration files that overrides name in Hydra's way."""
+    named = [o.value() for o in overrides if o.key_or_group == "hydra.searchpath"]
+    listed = [str(path) for paths in named if isinstance(paths, list) for path in paths]
+    return [Path(path.removeprefix("file://")) for path in listed if not path.startswith("pkg://")]
+
+
+def _folders(hydra: DictConfig) -> list[Path]:
+    """The folders of configuration files that are not gfnem's own."""
+    return [
+        Path(source.path)
+        for source in hydra.runtime.config_sources
+        if source.schema == "file" and source.provider != "main"
+    ]
+
+
+def _hydra_compose(folder: Path, overrides: Sequence[str]) -> DictConfig:
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(folder)):
+            return hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        unknown = re.match("Could not override '([^']+)'", str(error))
+        if unknown is None:
+            raise UserError(line_of(error)) from None
+    key = unknown[1]
+    known = _hydra_compose(folder, [o for o in overrides if parsed(o).key_or_group != key])
+    meant = did_you_mean(key, _dotted(known))
+    reason = f"{key}: {meant}" if meant else f"{key} is no option of this configuration:"
+    raise UserError(f"{reason} gfnem --cfg job prints all of them")
+
+
+def _dotted(config: DictConfig, above: str = "") -> Iterator[str]:
+    """The names of all options."""
+    for name, value in config.items_ex(resolve=False):
+        yield f"{above}{name}"
+        if isinstance(value, DictConfig) and not value._is_none() and not value._is_missing():
+            yield from _dotted(value, f"{above}{name}.")
+
+
+def _check_plugins(hydra: DictConfig) -> None:
+    """Raise UserError for a launcher or sweeper that cannot be used or an option of another type.
+
+    gfnem's files for them stand in the place of those that come with the plug-ins and know types.
+    """
+    for kind in ("launcher", "sweeper"):
+        choice = hydra.runtime.choices[f"hydra/{kind}"]
+        if f"{choice}.yaml" in ConfigStore.instance().list(f"hydra/{kind}"):
+            schema = ConfigStore.instance().load(f"hydra/{kind}/{choice}.yaml").node
+            try:
+                OmegaConf.merge(schema, hydra[kind])
+            except OmegaConfBaseException as error:
+                raise UserError(f"hydra/{kind}={choice}: {line_of(error)}") from None
+        elif choice in EXTRAS:
+            raise UserError(
+                f"hydra/{kind}={choice} needs a package that is missing: "
+                f"pip install 'gfnem[{EXTRAS[choice]}]'"
+            )
+        if choice == "submitit_slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
+            raise UserError(
+                f"hydra/launcher={choice} needs sbatch and srun, which are not here: start it on a "
+                "computer of the cluster, or use submitit_local"
+            )
+
+
+def _check_task(config: DictConfig, choices: DictConfig) -> None:
+    """Raise UserError for a choice that belongs to another of gfnem's tasks."""
+    if not (config_folder() / "task" / f"{config.get('task')}.yaml").exists():
+        return
+    for part in PARTS:
+        target = OmegaConf.select(config, f"{part}._target_")
+        of_task = re.match(r"gfnem\.tasks\.(\w+)\.", str(target))
+        if part in choices and of_task and of_task[1] != config.task:
+            raise UserError(
+                f"{part}={choices[part]} is of task={of_task[1]}, and this run is of "
+                f"task={config.task}: choose another {part}, or that task"
+            )
+
+
+def _drop_parts_not_chosen(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Data and experiments may say something of parts that a posterior does without.
+
+    Raises UserError for overrides that do, and for a posterior that the task does not have.
+    """
+    parts = [*PARTS, *model_parts(config)]
+    if config.get("posterior") is None:
+        raise UserError(f"task={config.task} has no such posterior: choose another one")
+    for override in overrides:
+        added = parsed(override)
+        if added.is_add() and added.key_or_group.partition(".")[0] not in parts:
+            raise UserError(f"{override}: only options of {', '.join(parts)} can be added")
+        part, _, choice = override.partition("=")
+        if part in parts and choice not in ("null", "none") and config.get(part) is None:
+            raise UserError(f"{override} has no effect: this run has no {part}")
+    for part in parts:
+        options = config.get(part)
+        if not isinstance(options, DictConfig) or part == "optimizer" or "_target_" in options:
+            continue
+        for override in overrides:
+            if override.partition("=")[0].lstrip("+").startswith(f"{part}."):
+                raise UserError(f"{override} has no effect: this run has no {part}")
+        config[part] = None
+
+
+def _check_m_step(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Raise UserError for options of M-steps by gradient where they are in closed form."""
+    if OmegaConf.select(config, "posterior.m_step") != "closed":
+        return
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+")
+        if key == "em.model_clip" or key.startswith("optimizer.model"):
+            raise UserError(
+                f"{override} has no effect: M-steps go to the maximum at once; set "
+                "posterior.m_step=gradient"
+            )
