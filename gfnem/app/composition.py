@@ -10,7 +10,6 @@ from typing import Any, cast
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
@@ -21,9 +20,9 @@ from gfnem.app.nearest import did_you_mean
 from gfnem.app.overrides import (
     check,
     each_value,
-    launchers_and_sweepers,
     line_of,
     parsed,
+    plugins,
     products,
     values_of,
 )
@@ -45,13 +44,6 @@ PARTS = (
     "evaluator",
     "tracker",
 )
-# What a launcher or a sweeper needs beside gfnem, as an extra of it.
-EXTRAS = {
-    "joblib": "joblib",
-    "submitit_local": "slurm",
-    "submitit_slurm": "slurm",
-    "optuna": "optuna",
-}
 
 
 def model_parts(config: Mapping[Any, Any]) -> list[str]:
@@ -85,7 +77,7 @@ def check_overrides(
     given = [parsed(override) for override in overrides]
     folders = [*_searched(given), *([] if folder is None else [folder])]
     check_folders(folders)
-    groups = groups_in(config_folder(), *folders) | launchers_and_sweepers()
+    groups = groups_in(config_folder(), *folders) | plugins()
     for override in given:
         for value in values_of(override) if multirun else [override]:
             check(value, groups, multirun)
@@ -133,7 +125,8 @@ class Sweep:
         self._folder = folder
         given = [parsed(override) for override in overrides]
         config = self._composed(o.input_line or "" for o in given if not o.is_sweep_override())
-        _check_plugins(config.hydra)
+        if config.hydra.runtime.choices["hydra/launcher"] == "submitit_slurm":
+            _check_slurm()
         self.directory = Path(config.hydra.sweep.dir)
         self.grid = config.hydra.runtime.choices["hydra/sweeper"] == "basic"
         # What is given counts more than what an experiment sweeps over by itself.
@@ -252,28 +245,12 @@ def _dotted(config: DictConfig, above: str = "") -> Iterator[str]:
             yield from _dotted(value, f"{above}{name}.")
 
 
-def _check_plugins(hydra: DictConfig) -> None:
-    """Raise UserError for a launcher or sweeper that cannot be used or an option of another type.
-
-    gfnem's files for them stand in the place of those that come with the plug-ins and know types.
-    """
-    for kind in ("launcher", "sweeper"):
-        choice = hydra.runtime.choices[f"hydra/{kind}"]
-        if f"{choice}.yaml" in ConfigStore.instance().list(f"hydra/{kind}"):
-            schema = ConfigStore.instance().load(f"hydra/{kind}/{choice}.yaml").node
-            try:
-                OmegaConf.merge(schema, hydra[kind])
-            except OmegaConfBaseException as error:
-                raise UserError(f"hydra/{kind}={choice}: {line_of(error)}") from None
-        elif choice in EXTRAS:
+def _check_slurm() -> None:
+    for program in ("sbatch", "srun"):
+        if shutil.which(program) is None:
             raise UserError(
-                f"hydra/{kind}={choice} needs a package that is missing: "
-                f"pip install 'gfnem[{EXTRAS[choice]}]'"
-            )
-        if choice == "submitit_slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
-            raise UserError(
-                f"hydra/launcher={choice} needs sbatch and srun, which are not here: start it on a "
-                "computer of the cluster, or use submitit_local"
+                f"Slurm's {program} is not here: start the sweep on a computer of the cluster, or "
+                "take hydra/launcher=submitit_local"
             )
 
 

@@ -6,8 +6,8 @@ import logging
 
 
 def let_loggers_speak() -> None:
-    """Show what gfnem and Hydra's plug-ins log, also in the processes of launchers."""
+    """Show what gfnem and Optuna's plug-in log, also in the processes of launchers."""
     logging.basicConfig(format="%(message)s")
-    for name in ("gfnem", "hydra_plugins"):
+    for name in ("gfnem", "hydra_plugins.hydra_optuna_sweeper"):
         logging.getLogger(name).setLevel(logging.INFO)
     logging.getLogger("hydra").setLevel(logging.CRITICAL)  # what it logs, it also raises

@@ -11,12 +11,20 @@ from hydra.core.override_parser.types import IntervalSweep, Override, Quote, Quo
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 
-from gfnem.app.folders import Groups, config_folder
+from gfnem.app.folders import Groups
 from gfnem.app.nearest import did_you_mean
 from gfnem.app.paths import paths_in
 from gfnem.errors import UserError
 
-_OF_SWEEPS = ("hydra.launcher", "hydra.sweeper", "hydra.sweep")
+# What is of sweeps alone.
+_OF_SWEEPS = ("launcher", "sweeper", "hydra.launcher", "hydra.sweeper", "hydra.sweep")
+# What a launcher or a sweeper needs beside gfnem, as an extra of it.
+_EXTRAS = {
+    "joblib": "joblib",
+    "submitit_local": "slurm",
+    "submitit_slurm": "slurm",
+    "optuna": "optuna",
+}
 
 
 def parsed(override: str) -> Override:
@@ -68,21 +76,25 @@ def check(override: Override, groups: Groups, multirun: bool = False) -> None:
     part = ".".join(key.replace("/", ".").split(".")[:2])
     if part in _OF_SWEEPS and not multirun:
         raise UserError(f"{text} has no effect without --multirun")
-    if key in groups and (value := str(override.value())) not in groups[key]:
+    value = str(override.value())
+    if value in _EXTRAS and value not in groups.get(
+        f"hydra/{key.removeprefix('hydra/')}", (value,)
+    ):
+        raise UserError(f"{text} needs a plug-in: pip install 'gfnem[{_EXTRAS[value]}]'")
+    if key in groups and value not in groups[key]:
         offered = f"{key} is one of {', '.join(groups[key])}"
         meant = did_you_mean(value, groups[key])
         raise UserError(f"{text}: {f'{meant} {offered}' if meant else offered}")
 
 
-def launchers_and_sweepers() -> Groups:
-    """What the plug-ins of Hydra that are installed offer, and what gfnem has files for."""
+def plugins() -> Groups:
+    """The launchers and sweepers that are installed."""
     Plugins.instance()  # finds them
     groups: Groups = {}
     for group in ("hydra/launcher", "hydra/sweeper"):
         names = ConfigStore.instance().list(group)
-        stored = {name.removesuffix(".yaml") for name in names if name.endswith(".yaml")}
-        own = {file.stem for file in (config_folder() / group).glob("*.yaml")}
-        groups[group] = dict.fromkeys(sorted(stored | own), "")
+        stored = [name.removesuffix(".yaml") for name in names if name.endswith(".yaml")]
+        groups[group] = dict.fromkeys(stored, "")
     return groups
 
 
