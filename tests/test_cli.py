@@ -177,7 +177,8 @@ class TestTrain:
         stored = yaml.safe_load((trained / "config.yaml").read_text())
         for name in ("vocabulary", "max_length"):
             for part in ("sizes", "model", "policy"):
-                stored[part].pop(name, None), printed[part].pop(name, None)
+                for config in (stored, printed):
+                    config[part].pop(name, None)
         assert printed == stored
         assert os.listdir() == []
 

@@ -14,6 +14,9 @@ SHORT |= {"-i": "--info", "-cd": "--config-dir", "-sc": "--shell-completion"}
 """Short flag -> the flag."""
 FLAGS = (*SHORT.values(), "--version", "--resolve", "--hydra-help")
 
+VALUED = ("--cfg", "--package", "--config-dir")
+"""Flags that a value follows."""
+
 _CFG = ("job", "hydra", "all")
 _INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
@@ -48,7 +51,7 @@ class Command:
             if flag not in FLAGS:
                 reason = did_you_mean(flag, FLAGS) or "see gfnem --help"
                 raise UserError(f"there is no flag {flag}: {reason}")
-            if flag in ("--cfg", "--package", "--config-dir") and not has_value:
+            if flag in VALUED and not has_value:
                 value = rest.pop(0) if rest else ""
             if flag == "--info" and not has_value:
                 value = rest.pop(0) if rest and rest[0] in _INFO else "all"

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from gfnem.errors import UserError
 
+EVALUATE = "gfnem.app.verbs.evaluate"
+"""What does the verb that all tasks have."""
+
 Groups = dict[str, dict[str, str]]
 """Group -> option -> the first comment in its file."""
 
@@ -54,15 +57,14 @@ def _files(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.yaml"))
 
 
-def task_verbs(*folders: Path) -> dict[str, str]:
-    """Verb -> what does it, of all tasks in some folders of configuration files."""
-    files = [file for folder in folders for file in sorted(folder.glob("task/*.yaml"))]
-    return {verb: call for file in files for verb, call in _verbs_in(file).items()}
-
-
-def _verbs_in(file: Path) -> dict[str, str]:
-    """What stands under `verbs` in the file of a task."""
+def task_verbs(*folders: Path) -> dict[str, dict[str, str]]:
+    """Verb -> task -> what does it, of all tasks in some folders of configuration files."""
     import yaml
 
-    options = yaml.safe_load(file.read_text()) or {}
-    return options.get("verbs") or {}
+    verbs: dict[str, dict[str, str]] = {}
+    for folder in folders:
+        for file in sorted(folder.glob("task/*.yaml")):
+            options = yaml.safe_load(file.read_text()) or {}
+            for verb, call in (options.get("verbs") or {}).items():
+                verbs.setdefault(verb, {})[file.stem] = call
+    return verbs

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 
-from gfnem.app.folders import check_folders, comments, config_folder, groups_in
+from gfnem.app.documented import Documented
+from gfnem.app.folders import (
+    EVALUATE,
+    check_folders,
+    comments,
+    config_folder,
+    groups_in,
+    task_verbs,
+)
+from gfnem.app.nearest import did_you_mean
+from gfnem.errors import UserError
 
 USAGE = """\
 gfnem: latent variable models with compositional latents, trained by GFlowNet-EM
@@ -33,7 +45,7 @@ usage:
   parse and evaluate take several grammars, 'run=[DIR,DIR]': trees of their averaged span marginals.
 
 flags:
-  -h, --help          this text
+  -h, --help          this text; after a verb, what the verb does and takes
   --version           gfnem's version
   -c, --cfg job       print the whole configuration and stop; --resolve: without references
   -m, --multirun      a sweep, one run for every combination of comma-separated values
@@ -51,6 +63,18 @@ set directly.
 groups and their options:
 """
 
+_COMPARE = """\
+gfnem compare DIR DIR ... [out=comparison] [metrics=PATTERN,...] [reach=METRIC<VALUE]
+              [wandb=ENTITY/PROJECT] [tracker=wandb] [tracker.KEY=VALUE]
+
+wandb is what is called project here, and tracker=wandb with its options the tracker.
+"""
+
+_OVERRIDES = """\
+An OVERRIDE is of the data, the device, the number of threads, and of the evaluator or the seed, as
+data.max_length=20.
+"""
+
 EXAMPLES = """\
 examples:
   gfnem
@@ -62,14 +86,16 @@ examples:
 
 
 def text(verb: str = "train", folder: Path | None = None) -> str:
-    """The whole help text.
+    """The whole help text, or that of a verb.
 
     folder: more configuration files, beside gfnem's own.
 
-    Raises UserError for a folder that cannot be used.
+    Raises UserError for a folder that cannot be used, and for a verb that no task has.
     """
     folders = [] if folder is None else [folder]
     check_folders(folders)
+    if verb != "train":
+        return _of_verb(verb, folders)
     lines = []
     for group, options in groups_in(config_folder(), *folders).items():
         for number, (option, comment) in enumerate(options.items()):
@@ -84,3 +110,34 @@ def text(verb: str = "train", folder: Path | None = None) -> str:
     of_tasks = [c for file in tasks for c in comments(file) if c.startswith("gfnem ")]
     examples = "".join(f"  {example}\n" for example in of_tasks)
     return f"{USAGE}{chr(10).join(lines)}\n\n{EXAMPLES}{examples}"
+
+
+def _of_verb(verb: str, folders: list[Path]) -> str:
+    if verb == "compare":
+        documented = Documented.read("gfnem.run.compare.compare")
+        assert documented is not None
+        return f"{_COMPARE}\n{documented.text}\n"
+    sys.path += [str(folder.resolve().parent) for folder in folders]
+    calls = verbs_of(folders)
+    if verb not in calls:
+        reason = did_you_mean(verb, calls) or f"the verbs are {', '.join(calls)}"
+        raise UserError(f"there is no verb {verb}: {reason}")
+    texts = []
+    for task, call in calls[verb].items():
+        documented = Documented.read(call)
+        options = documented.options if documented else {}
+        shown = [f"[{name}={default}]" for name, default in options.items()]
+        words = ["gfnem", verb, "run=DIR", "[checkpoint=best]", *shown, "[OVERRIDE ...]"]
+        of_task = f"of task={task}:\n" if task else ""
+        texts.append(f"{of_task}{' '.join(words)}\n\n{documented.text if documented else call}\n")
+    return "\n".join([*texts, _OVERRIDES])
+
+
+def verbs_of(folders: Iterable[Path]) -> dict[str, dict[str, str]]:
+    """Verb -> task, "" where it is of all, -> what does it; of gfnem and of more folders."""
+    return {
+        "train": {},
+        "compare": {},
+        "evaluate": {"": EVALUATE},
+        **task_verbs(config_folder(), *folders),
+    }

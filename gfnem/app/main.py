@@ -43,6 +43,11 @@ def _main(arguments: list[str]) -> int:
     if "--version" in command.flags:
         print(f"gfnem {__version__}")
         return DONE
+    if "--shell-completion" in command.flags:
+        from gfnem.app.completion import complete
+
+        complete(command.given)
+        return DONE
     if command.verb == "train":
         from gfnem.app.training import start
 

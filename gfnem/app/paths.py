@@ -15,3 +15,15 @@ def paths_in(text: str) -> list[str]:
         found.append(",".join(parts[:end]).strip())
         del parts[:end]
     return found
+
+
+def beginning_with(text: str) -> list[str]:
+    """The paths that begin with some text; folders end in a slash."""
+    parent, slash, start = text.rpartition("/")
+    folder = Path(parent + slash or ".")
+    found = sorted(folder.glob("*")) if folder.is_dir() else []
+    return [
+        f"{parent}{slash}{path.name}{'/' * path.is_dir()}"
+        for path in found
+        if path.name.startswith(start)
+    ]

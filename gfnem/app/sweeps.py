@@ -9,7 +9,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -112,5 +112,6 @@ def show_results(jobs: Iterable[Path]) -> list[str]:
         if not failed and any(job.rglob("config.yaml")):
             runs.append(str(job))
     if runs:
-        Comparison(finished_runs(runs)).show()
+        with suppress(UserError):  # none is complete, as has been said of each
+            Comparison(finished_runs(runs)).show()
     return errors

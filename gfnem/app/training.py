@@ -70,7 +70,8 @@ def start(command: Command) -> int:
     for argument in given:
         if "=" not in argument and not argument.startswith("~"):
             raise UserError(f"{argument!r} is not of the form key=value: see gfnem --help")
-    multirun = command.multirun or "hydra.mode=MULTIRUN" in given
+    shows = any(flag in command.flags for flag in ("--cfg", "--info", "--hydra-help"))
+    multirun = command.multirun or ("hydra.mode=MULTIRUN" in given and not shows)
     if "resume" in own:
         if multirun or command.config_dir is not None:
             raise UserError("resume=DIR goes with neither --multirun nor --config-dir")
@@ -78,7 +79,7 @@ def start(command: Command) -> int:
     overrides = quoted(given, multirun)
     if multirun:
         return _sweep(command, overrides)
-    check_overrides(overrides, command.config_dir)
+    check_overrides(overrides, command.config_dir, multirun=shows)
     if "--info" in command.flags:
         logging.getLogger("hydra").setLevel(logging.DEBUG)  # it logs what others print
     try:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from gfnem.app.folders import config_folder, task_verbs
+from gfnem.app.folders import EVALUATE, config_folder, task_verbs
 from gfnem.app.nearest import did_you_mean
 from gfnem.app.paths import paths_in
 from gfnem.app.signatures import annotations_of
@@ -21,8 +21,6 @@ from gfnem.run import FilesTracker, Run, WandbTracker
 if TYPE_CHECKING:
     from gfnem.em import EM
     from gfnem.training.parts import Metrics
-
-EVALUATE = "gfnem.app.verbs.evaluate"
 
 # Options of the stored configuration that mean something to a verb that reads a run.
 _EVALUATE_TAKES = ("data", "device", "threads", "module_folders", "evaluator")
@@ -76,7 +74,14 @@ def use_run(verb: str, given: Sequence[str]) -> Iterator[str]:
 
 
 def evaluate(em: EM, split: str = "test") -> Metrics:
-    """Rate model and posterior on a split."""
+    """Print the metrics of model and posterior on a split of the data.
+
+    Args:
+        split: train, valid or test, or what else the data has to test on.
+
+    Raises:
+        UserError: the data has no such split.
+    """
     return em.evaluate(split, final=True)
 
 
