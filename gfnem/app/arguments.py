@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +40,7 @@ class Command:
         """Raises UserError for flags that gfnem does not have, and for their values."""
         command = cls()
         rest = list(arguments)
-        if rest and not rest[0].startswith("-") and "=" not in rest[0]:
+        if rest and re.fullmatch(r"\w+", rest[0]):
             command.verb = rest.pop(0)
         while rest:
             argument = rest.pop(0)
@@ -62,9 +63,7 @@ class Command:
     def _check(self) -> None:
         for flag, choices in (("--cfg", _CFG), ("--info", _INFO)):
             if self.flags.get(flag, choices[0]) not in choices:
-                raise UserError(
-                    f"{flag} {self.flags[flag]}: it must be one of {', '.join(choices)}"
-                )
+                raise UserError(f"{flag} takes one of {', '.join(choices)}, as {flag} {choices[0]}")
         several = [
             flag for flag in ("--multirun", "--run", "--cfg", "--info") if flag in self.flags
         ]

@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -15,6 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from gfnem.app.documented import annotations_in_file
 from gfnem.app.folders import check_folders, config_folder, groups_in
 from gfnem.app.nearest import did_you_mean
 from gfnem.app.overrides import (
@@ -26,7 +27,9 @@ from gfnem.app.overrides import (
     products,
     values_of,
 )
+from gfnem.app.signatures import check_type
 from gfnem.errors import UserError
+from gfnem.run import Run
 
 # What every run is made of; each part is a mapping with a `_target_`, or null.
 PARTS = (
@@ -44,6 +47,14 @@ PARTS = (
     "evaluator",
     "tracker",
 )
+# What is set directly.
+DIRECT: Mapping[str, Any] = {
+    "seed": int,
+    "threads": int | None,
+    "device": Literal["auto", "cpu", "cuda"],
+    "run_dir": str,
+    "model_from": str | None,
+}
 
 
 def model_parts(config: Mapping[Any, Any]) -> list[str]:
@@ -179,6 +190,7 @@ def settle(config: DictConfig, hydra: DictConfig) -> None:
     _check_task(config, hydra.runtime.choices)
     _drop_parts_not_chosen(config, overrides)
     _check_m_step(config, overrides)
+    _check_values(config, overrides)
     beside = [str(folder.parent) for folder in _folders(hydra)]
     if beside:
         config.module_folders = [*config.module_folders, *beside]
@@ -304,3 +316,23 @@ def _check_m_step(config: DictConfig, overrides: Sequence[str]) -> None:
                 f"{override} has no effect: M-steps go to the maximum at once; set "
                 "posterior.m_step=gradient"
             )
+
+
+def _check_values(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Raise UserError for wrong values, as far as that is told without torch and data.
+
+    All options are checked before anything is made of them; this answers sooner.
+    """
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+")
+        part, _, name = key.rpartition(".")
+        options = OmegaConf.select(config, part) if part else config
+        if not isinstance(options, DictConfig) or name not in options:
+            continue
+        target = str(options.get("_target_"))
+        known = annotations_in_file(target) if target.startswith("gfnem.") else {}
+        annotation = known.get(name, Any) if part else DIRECT.get(name, Any)
+        if not OmegaConf.is_interpolation(options, name):
+            check_type(options[name], annotation, key)
+        if key == "model_from" and options[name] is not None:
+            Run.open(options[name])

@@ -10,10 +10,9 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gfnem.app.composition import PARTS, model_parts
-from gfnem.app.machine import set_up
+from gfnem.app.composition import DIRECT, PARTS, model_parts
 from gfnem.app.nearest import did_you_mean
-from gfnem.app.signatures import annotations_of, described, fits
+from gfnem.app.signatures import annotations_of, check_type, fits
 from gfnem.errors import UserError
 from gfnem.run.patterns import USUAL, patterns_for
 
@@ -45,10 +44,9 @@ def find_modules(folders: Any) -> None:
 
 
 def _check(resolved: dict[str, Any], raw: dict[str, Any]) -> None:
-    direct = {**annotations_of(set_up), "run_dir": str, "model_from": str | None}
-    for name, annotation in direct.items():
+    for name, annotation in DIRECT.items():
         _check_given(resolved.get(name), name)
-        _check_type(resolved.get(name), annotation, name)
+        check_type(resolved.get(name), annotation, name)
     for purpose in USUAL:
         patterns_for(resolved, purpose)
     for part in (*PARTS, *model_parts(resolved)):
@@ -91,7 +89,7 @@ def _check_options(options: dict[str, Any], raw: Any, path: str) -> None:
                 if meant := did_you_mean(where, siblings):
                     raise UserError(f"{where}: {meant}")
                 raise UserError(f"{where} is no option of {options['_target_']}")
-            _check_type(value, annotations[name], where)
+            check_type(value, annotations[name], where)
         if isinstance(value, dict):
             _check_options(value, source, where)
 
@@ -99,9 +97,3 @@ def _check_options(options: dict[str, Any], raw: Any, path: str) -> None:
 def _check_given(value: Any, where: str) -> None:
     if value == "???":
         raise UserError(f"{where} is missing: give it with {where}=...")
-
-
-def _check_type(value: Any, annotation: Any, where: str) -> None:
-    if not fits(value, annotation):
-        shown = "null" if value is None else value
-        raise UserError(f"{where}={shown}: it must be {described(annotation)}")

@@ -130,7 +130,6 @@ def train(config: DictConfig) -> float | None:
 
 def resume(directory: Path, overrides: Sequence[str], print_config: bool = False) -> int:
     """Go on with a run that was stopped, or train it longer; returns the exit status."""
-    from gfnem.app.build import build, make
     from gfnem.run import Run
 
     stored = Run.open(directory)
@@ -140,6 +139,8 @@ def resume(directory: Path, overrides: Sequence[str], print_config: bool = False
     if print_config:
         print(OmegaConf.to_yaml(config), end="")
         return DONE
+    from gfnem.app.build import build, make
+
     state = stored.load_checkpoint("last")
     built = build(config)
     em = built.em
@@ -179,11 +180,12 @@ def _command_line(arguments: Sequence[str]) -> Iterator[None]:
 
 
 def _sweep(command: Command, overrides: Sequence[str]) -> int:
+    sweep = Sweep(overrides, command.config_dir)
+    configurations = list(sweep.configurations())
     from gfnem.app.options import resolve
     from gfnem.app.sweeps import check_new, jobs_in, show_results
 
-    sweep = Sweep(overrides, command.config_dir)
-    for config in sweep.configurations():
+    for config in configurations:
         resolve(config)
     if sweep.grid:
         check_new(sweep.directory, sweep.jobs(), sweep.fixed)

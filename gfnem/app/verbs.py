@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from gfnem.app.folders import EVALUATE, config_folder, task_verbs
-from gfnem.app.nearest import did_you_mean
+from gfnem.app.nearest import did_you_mean, nearest
 from gfnem.app.paths import paths_in
 from gfnem.app.signatures import annotations_of
 from gfnem.app.verb_options import is_under, refuse, split
@@ -34,6 +34,7 @@ def use_run(verb: str, given: Sequence[str]) -> Iterator[str]:
     """
     of_run, overrides = split(given, {"run": str, "checkpoint": Literal["best", "last"]})
     if "run" not in of_run:
+        refuse(overrides, lambda key: nearest(key, ["run"]) is not None, "", ["run"])
         own = ("train", "compare", "evaluate", *task_verbs(config_folder()))
         meant = "" if verb in own else did_you_mean(verb, own)
         raise UserError(
