@@ -671,7 +671,7 @@ MISTAKES = [
     (["~seed=0"], "~seed=0: options can be changed, not removed"),
     (["hydra.run.dir=x"], "hydra.run.dir=x has no effect: run_dir says where"),
     (["policy=nosuch"], "policy=nosuch: policy is one of chart, grid, light, mixture, root_flow"),
-    (["refinement=null"], "refinement=null: refinement is one of"),
+    (["refinement=null"], "refinement=null: did you mean none? refinement is one of"),
     (["=3"], "'=3' is not of the form key=value"),
     (["em.m_steps=[1"], "'em.m_steps=[1' is not of the form key=value"),
     (["seed=1,2"], "seed=1,2: several values need --multirun"),

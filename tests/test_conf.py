@@ -22,7 +22,13 @@ from gfnem.tasks.mixture.model import starting_at
 from tests.tasks.grammar.text.test_brown import write_corpora
 
 GROUPS = groups_in(config_folder())
-OPTIONS = [(group, option) for group, options in GROUPS.items() for option in options]
+OF_SWEEPS = ("launcher", "sweeper")
+OPTIONS = [
+    (group, option)
+    for group, options in GROUPS.items()
+    for option in options
+    if group not in OF_SWEEPS
+]
 TREE = "(S (NP (DT The) (JJ old) (NN king)) (VP (VBD saw) (NP (DT a) (NN cat))) (. .))\n"
 IMAGES = {
     ("task", "discrete_vae"),

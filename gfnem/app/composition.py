@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -21,6 +21,7 @@ from gfnem.app.nearest import did_you_mean
 from gfnem.app.overrides import (
     check,
     each_value,
+    in_quotes,
     line_of,
     parsed,
     plugins,
@@ -145,6 +146,8 @@ class Sweep:
         swept = [parsed(f"{key}={values}") for key, values in params.items()]
         options = (o for o in (*swept, *given) if not o.is_hydra_override())
         self.varied = list({o.get_key_element(): o for o in options}.values())
+        if any(o.key_or_group == "run_dir" and o.is_sweep_override() for o in self.varied):
+            raise UserError("run_dir is one for all jobs of a sweep, which have folders in it")
         self.fixed = sorted(o.key_or_group for o in self.varied if not o.is_sweep_override())
         self._of_hydra = [o.input_line or "" for o in given if o.is_hydra_override()]
 
@@ -213,7 +216,7 @@ def _with_folder(overrides: Sequence[str], folder: Path | None) -> list[str]:
     if folder is None:
         return list(overrides)
     folders = [*_searched([parsed(override) for override in overrides]), folder]
-    paths = (QuotedString(f"file://{f.resolve()}", Quote.single).with_quotes() for f in folders)
+    paths = (in_quotes(f"file://{folder.resolve()}") for folder in folders)
     others = [o for o in overrides if not o.startswith("hydra.searchpath=")]
     return [f"hydra.searchpath=[{','.join(paths)}]", *others]
 

@@ -48,7 +48,8 @@ flags:
   -h, --help          this text; after a verb, what the verb does and takes
   --version           gfnem's version
   -c, --cfg job       print the whole configuration and stop; --resolve: without references
-  -m, --multirun      a sweep, one run for every combination of comma-separated values
+  -m, --multirun      a sweep, one run for every combination of comma-separated values, each in a
+                      folder of run_dir; what one raises is in its error.txt, and others go on
   -cd, --config-dir DIR
                       configuration files of your own, beside gfnem's; modules in the folder that
                       holds DIR are found

@@ -54,8 +54,13 @@ def _quoted(override: str, multirun: bool) -> str:
         OverridesParser.create().parse_override(override)
     except HydraException:
         texts = paths_in(value) if multirun else [value]
-        return f"{key}={','.join(QuotedString(text, Quote.single).with_quotes() for text in texts)}"
+        return f"{key}={','.join(map(in_quotes, texts))}"
     return override
+
+
+def in_quotes(text: str) -> str:
+    """Some text as Hydra reads it whatever it says."""
+    return QuotedString(text, Quote.single).with_quotes()
 
 
 def check(override: Override, groups: Groups, multirun: bool = False) -> None:

@@ -88,12 +88,20 @@ def output_of(directory: Path) -> Iterator[None]:
 
 
 def keep_error(directory: Path, error: Exception) -> None:
-    """Write what a job raised into its directory."""
+    """Write what a job or a sweep raised into its directory."""
     if isinstance(error, UserError):
         text = f"gfnem: {error}\n"
     else:
         text = "".join(traceback.format_exception(error))
+    directory.mkdir(parents=True, exist_ok=True)
     (directory / ERROR_FILE).write_text(text)
+
+
+def told(directory: Path) -> str:
+    """What was raised, in one line, and where there is more of it."""
+    file = directory / ERROR_FILE
+    last = file.read_text().strip().rpartition("\n")[2]
+    return f"{last.removeprefix('gfnem: ')} ({file})"
 
 
 def show_results(jobs: Iterable[Path]) -> list[str]:
@@ -107,8 +115,7 @@ def show_results(jobs: Iterable[Path]) -> list[str]:
         failed = sorted(job.rglob(ERROR_FILE))
         errors += [file.read_text() for file in failed]
         for file in failed:
-            last = file.read_text().strip().rpartition("\n")[2].removeprefix("gfnem: ")
-            print(f"gfnem: {file.parent.name} failed: {last} ({file})", file=sys.stderr)
+            print(f"gfnem: {file.parent.name} failed: {told(file.parent)}", file=sys.stderr)
         if not failed and any(job.rglob("config.yaml")):
             runs.append(str(job))
     if runs:

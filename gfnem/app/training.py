@@ -30,7 +30,7 @@ from gfnem.app.composition import (
 )
 from gfnem.app.folders import config_folder
 from gfnem.app.loggers import let_loggers_speak
-from gfnem.app.overrides import line_of, quoted
+from gfnem.app.overrides import in_quotes, line_of, quoted
 from gfnem.app.status import DONE, FAILED, INTERRUPTED, USER_ERROR
 from gfnem.app.verb_options import is_under, refuse, split
 from gfnem.app.verbs import lines_of
@@ -183,17 +183,22 @@ def _sweep(command: Command, overrides: Sequence[str]) -> int:
     sweep = Sweep(overrides, command.config_dir)
     configurations = list(sweep.configurations())
     from gfnem.app.options import resolve
-    from gfnem.app.sweeps import check_new, jobs_in, show_results
+    from gfnem.app.sweeps import check_new, jobs_in, keep_error, show_results, told
 
     for config in configurations:
         resolve(config)
     if sweep.grid:
         check_new(sweep.directory, sweep.jobs(), sweep.fixed)
     before = jobs_in(sweep.directory)
-    own = [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(sweep.fixed)}]"]
-    own.append(quoted([f"hydra.sweep.dir={sweep.directory}"], multirun=False)[0])
+    fixed = ",".join(map(in_quotes, sweep.fixed))
+    own = [f"hydra.job.config.override_dirname.exclude_keys=[{fixed}]"]
+    own.append(f"hydra.sweep.dir={in_quotes(str(sweep.directory))}")
     try:
         status = run_hydra([*command.of_hydra(), *own, *overrides])
+    except Exception as error:  # of a launcher or a sweeper
+        keep_error(sweep.directory, error)
+        status = FAILED
+        print(f"gfnem: the sweep has ended early: {told(sweep.directory)}", file=sys.stderr)
     finally:
         errors = show_results(jobs_in(sweep.directory) - before)
     if any(not error.startswith("gfnem: ") for error in errors):
@@ -203,7 +208,7 @@ def _sweep(command: Command, overrides: Sequence[str]) -> int:
 
 def _job(config: DictConfig, hydra_config: DictConfig) -> float | None:
     """One of a sweep; whatever it raises, the others go on."""
-    from gfnem.app.sweeps import keep_error, make_directory, output_of
+    from gfnem.app.sweeps import keep_error, make_directory, output_of, told
 
     directory = make_directory(hydra_config)
     print(f"job {hydra_config.job.num}: {directory.name}", flush=True)
@@ -214,6 +219,7 @@ def _job(config: DictConfig, hydra_config: DictConfig) -> float | None:
             status, best = _train(config)
     except Exception as error:
         keep_error(directory, error)
+        print(f"job {hydra_config.job.num} failed: {told(directory)}", flush=True)
         return None
     if status == INTERRUPTED:
         raise KeyboardInterrupt

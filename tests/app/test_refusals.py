@@ -41,6 +41,7 @@ MISTAKES = {
     "-m seed=1,x": "seed=x: it must be a whole number",
     "-m seed=interval(0,1)": "not all values of an interval can be taken; list some, or use",
     "-m seed=1,2 hydra.launcher.n_job=2": "hydra.launcher.n_job is no option of this",
+    "-m run_dir=a,b": "run_dir is one for all jobs of a sweep, which have folders in it",
     "launcher=joblib": "launcher=joblib has no effect without --multirun",
     "hydra/sweeper=basic": "hydra/sweeper=basic has no effect without --multirun",
     "model_from=nosuch": "run directory nosuch does not exist: check the path",

@@ -93,9 +93,9 @@ def test_one_raising_job_of_three(
     monkeypatch.setattr(Run, "create", raising)
     assert main([*sweep, "seed=0,1,2"]) == 1
     captured = capsys.readouterr()
-    assert captured.err == (
-        "gfnem: seed=1 failed: RuntimeError: the disk is upside down (sweep/seed=1/error.txt)\n"
-    )
+    line = "RuntimeError: the disk is upside down (sweep/seed=1/error.txt)\n"
+    assert f"job 1 failed: {line}" in captured.out
+    assert captured.err == f"gfnem: seed=1 failed: {line}"
     text = Path("sweep/seed=1/error.txt").read_text()
     assert text.startswith("Traceback") and "in raising" in text
     assert [Path(f"sweep/seed={seed}/summary.json").exists() for seed in (0, 2)] == [True, True]
@@ -156,21 +156,29 @@ class TestOptuna:
     @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
     @pytest.mark.parametrize("chosen", ["sweeper=optuna", "hydra/sweeper=optuna"])
     def test_minimises_the_best_value_of_the_selection(self, chosen: str, sweep: list[str]) -> None:
-        given = [chosen, "hydra/sweeper/sampler=grid", "hydra.sweeper.max_failure_rate=1"]
+        given = [chosen, "hydra.sweeper.sampler.seed=1", "hydra.sweeper.n_trials=5"]
+        going_on = "hydra.sweeper.max_failure_rate=1"
         # No mixture has a negative deviation: that job fails, and counts as none.
-        assert main([*sweep, *given, "model.deviation=choice(0.5,2.0,-1.0)"]) == 2
-        found = yaml.safe_load(Path("sweep/optimization_results.yaml").read_text())
-        best = {
-            deviation: min(
-                line.get("valid/nll", math.inf)
-                for line in Run.open(f"sweep/model.deviation={deviation}").metrics()
-            )
-            for deviation in (0.5, 2.0)
+        assert main([*sweep, *given, going_on, "model.deviation=choice(0.5,2.0,-1.0)"]) == 2
+        values = {
+            min(line.get("valid/nll", math.inf) for line in run.metrics()): run.config["model"]
+            for run in map(Run.open, Path("sweep").glob("model.deviation=[02]*"))
         }
-        expected = min(best, key=lambda deviation: best[deviation])
-        assert found["best_params"] == {"model.deviation": expected}
-        assert found["best_value"] == pytest.approx(best[expected])
+        assert len(values) == 2  # what is tried again gives the same
+        found = yaml.safe_load(Path("sweep/optimization_results.yaml").read_text())
+        assert found["best_value"] == pytest.approx(min(values))
+        best = values[min(values)]["deviation"]
+        assert found["best_params"] == {"model.deviation": best}
         assert Path("sweep/model.deviation=-1.0/error.txt").exists()
+
+    def test_a_sweep_of_which_no_job_ends(
+        self, sweep: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        given = ["sweeper=optuna", "hydra.sweeper.n_trials=1", "model.deviation=choice(-1.0,-2.0)"]
+        assert main([*sweep, *given]) == 2
+        first, *_ = (line for line in capsys.readouterr().err.splitlines() if "gfnem: " in line)
+        assert first.startswith("gfnem: the sweep has ended early: ValueError: ")
+        assert Path("sweep/error.txt").read_text().startswith("Traceback")
 
     def test_wrong_values_are_told_before_anything_starts(
         self, sweep: list[str], capsys: pytest.CaptureFixture[str]
