@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from gfnem.app.documented import annotations_in_file
 from gfnem.app.folders import check_folders, config_folder, groups_in
 from gfnem.app.nearest import did_you_mean
 from gfnem.app.overrides import (
@@ -28,47 +27,8 @@ from gfnem.app.overrides import (
     products,
     values_of,
 )
-from gfnem.app.signatures import check_type
+from gfnem.app.refusals import model_parts, settle
 from gfnem.errors import UserError
-from gfnem.run import Run
-
-# What every run is made of; each part is a mapping with a `_target_`, or null.
-PARTS = (
-    "data",
-    "model",
-    "policy",
-    "objective",
-    "local_search",
-    "refinement",
-    "posterior",
-    "warm_start",
-    "schedule",
-    "optimizer",
-    "em",
-    "evaluator",
-    "tracker",
-)
-# What is set directly.
-DIRECT: Mapping[str, Any] = {
-    "seed": int,
-    "threads": int | None,
-    "device": Literal["auto", "cpu", "cuda"],
-    "run_dir": str,
-    "model_from": str | None,
-}
-
-
-def model_parts(config: Mapping[Any, Any]) -> list[str]:
-    """What a run has beside PARTS: groups that its task's models take beside their own options.
-
-    Raises UserError for a configuration that does not list them.
-    """
-    named = config.get("model_parts")
-    if not isinstance(named, (list, ListConfig)) or not all(isinstance(n, str) for n in named):
-        raise UserError(
-            f"model_parts is {named}; it must be a list of groups, which older runs do not have"
-        )
-    return list(named)
 
 
 def compose(overrides: Sequence[str], folder: Path | None = None) -> DictConfig:
@@ -182,28 +142,6 @@ def combinations(overrides: Sequence[str], folder: Path | None = None) -> list[l
     return Sweep(overrides, folder).jobs()
 
 
-def settle(config: DictConfig, hydra: DictConfig) -> None:
-    """Finish a composed configuration, once Hydra has done its part.
-
-    hydra: what Hydra says of itself.
-
-    Raises UserError for what has no effect or belongs to another task.
-    """
-    overrides = task_overrides(hydra)
-    _check_task(config, hydra.runtime.choices)
-    _drop_parts_not_chosen(config, overrides)
-    _check_m_step(config, overrides)
-    _check_values(config, overrides)
-    beside = [str(folder.parent) for folder in _folders(hydra)]
-    if beside:
-        config.module_folders = [*config.module_folders, *beside]
-
-
-def task_overrides(hydra: DictConfig) -> list[str]:
-    """The overrides that Hydra has taken, without those of its own configuration."""
-    return cast(list[str], OmegaConf.to_container(hydra.overrides.task))
-
-
 def _settled(config: DictConfig) -> DictConfig:
     with open_dict(config):
         hydra = config.pop("hydra")
@@ -226,15 +164,6 @@ def _searched(overrides: Sequence[Override]) -> list[Path]:
     named = [o.value() for o in overrides if o.key_or_group == "hydra.searchpath"]
     listed = [str(path) for paths in named if isinstance(paths, list) for path in paths]
     return [Path(path.removeprefix("file://")) for path in listed if not path.startswith("pkg://")]
-
-
-def _folders(hydra: DictConfig) -> list[Path]:
-    """The folders of configuration files that are not gfnem's own."""
-    return [
-        Path(source.path)
-        for source in hydra.runtime.config_sources
-        if source.schema == "file" and source.provider != "main"
-    ]
 
 
 def _hydra_compose(folder: Path, overrides: Sequence[str]) -> DictConfig:
@@ -267,75 +196,3 @@ def _check_slurm() -> None:
                 f"Slurm's {program} is not here: start the sweep on a computer of the cluster, or "
                 "take hydra/launcher=submitit_local"
             )
-
-
-def _check_task(config: DictConfig, choices: DictConfig) -> None:
-    """Raise UserError for a choice that belongs to another of gfnem's tasks."""
-    if not (config_folder() / "task" / f"{config.get('task')}.yaml").exists():
-        return
-    for part in PARTS:
-        target = OmegaConf.select(config, f"{part}._target_")
-        of_task = re.match(r"gfnem\.tasks\.(\w+)\.", str(target))
-        if part in choices and of_task and of_task[1] != config.task:
-            raise UserError(
-                f"{part}={choices[part]} is of task={of_task[1]}, and this run is of "
-                f"task={config.task}: choose another {part}, or that task"
-            )
-
-
-def _drop_parts_not_chosen(config: DictConfig, overrides: Sequence[str]) -> None:
-    """Data and experiments may say something of parts that a posterior does without.
-
-    Raises UserError for overrides that do, and for a posterior that the task does not have.
-    """
-    parts = [*PARTS, *model_parts(config)]
-    if config.get("posterior") is None:
-        raise UserError(f"task={config.task} has no such posterior: choose another one")
-    for override in overrides:
-        added = parsed(override)
-        if added.is_add() and added.key_or_group.partition(".")[0] not in parts:
-            raise UserError(f"{override}: only options of {', '.join(parts)} can be added")
-        part, _, choice = override.partition("=")
-        if part in parts and choice not in ("null", "none") and config.get(part) is None:
-            raise UserError(f"{override} has no effect: this run has no {part}")
-    for part in parts:
-        options = config.get(part)
-        if not isinstance(options, DictConfig) or part == "optimizer" or "_target_" in options:
-            continue
-        for override in overrides:
-            if override.partition("=")[0].lstrip("+").startswith(f"{part}."):
-                raise UserError(f"{override} has no effect: this run has no {part}")
-        config[part] = None
-
-
-def _check_m_step(config: DictConfig, overrides: Sequence[str]) -> None:
-    """Raise UserError for options of M-steps by gradient where they are in closed form."""
-    if OmegaConf.select(config, "posterior.m_step") != "closed":
-        return
-    for override in overrides:
-        key = override.partition("=")[0].lstrip("+")
-        if key == "em.model_clip" or key.startswith("optimizer.model"):
-            raise UserError(
-                f"{override} has no effect: M-steps go to the maximum at once; set "
-                "posterior.m_step=gradient"
-            )
-
-
-def _check_values(config: DictConfig, overrides: Sequence[str]) -> None:
-    """Raise UserError for wrong values, as far as that is told without torch and data.
-
-    All options are checked before anything is made of them; this answers sooner.
-    """
-    for override in overrides:
-        key = override.partition("=")[0].lstrip("+")
-        part, _, name = key.rpartition(".")
-        options = OmegaConf.select(config, part) if part else config
-        if not isinstance(options, DictConfig) or name not in options:
-            continue
-        target = str(options.get("_target_"))
-        known = annotations_in_file(target) if target.startswith("gfnem.") else {}
-        annotation = known.get(name, Any) if part else DIRECT.get(name, Any)
-        if not OmegaConf.is_interpolation(options, name):
-            check_type(options[name], annotation, key)
-        if key == "model_from" and options[name] is not None:
-            Run.open(options[name])

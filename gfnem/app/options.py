@@ -10,8 +10,8 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gfnem.app.composition import DIRECT, PARTS, model_parts
 from gfnem.app.nearest import did_you_mean
+from gfnem.app.refusals import DIRECT, PARTS, model_parts
 from gfnem.app.signatures import annotations_of, check_type, fits
 from gfnem.errors import UserError
 from gfnem.run.patterns import USUAL, patterns_for

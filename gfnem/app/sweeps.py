@@ -14,7 +14,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from gfnem.app.composition import task_overrides
+from gfnem.app.refusals import task_overrides
 from gfnem.errors import UserError
 from gfnem.run.compare import Comparison
 from gfnem.run.finished import finished_runs

@@ -20,17 +20,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gfnem.app.arguments import Command
-from gfnem.app.composition import (
-    Sweep,
-    check_overrides,
-    compose,
-    compose_stored,
-    model_parts,
-    settle,
-)
+from gfnem.app.composition import Sweep, check_overrides, compose, compose_stored
 from gfnem.app.folders import config_folder
 from gfnem.app.loggers import let_loggers_speak
 from gfnem.app.overrides import in_quotes, line_of, quoted
+from gfnem.app.refusals import model_parts, settle
 from gfnem.app.status import DONE, FAILED, INTERRUPTED, USER_ERROR
 from gfnem.app.verb_options import is_under, refuse, split
 from gfnem.app.verbs import lines_of
@@ -182,6 +176,8 @@ def _command_line(arguments: Sequence[str]) -> Iterator[None]:
 def _sweep(command: Command, overrides: Sequence[str]) -> int:
     sweep = Sweep(overrides, command.config_dir)
     configurations = list(sweep.configurations())
+    for config in configurations:
+        _check_model_from(config)
     from gfnem.app.options import resolve
     from gfnem.app.sweeps import check_new, jobs_in, keep_error, show_results, told
 
@@ -228,6 +224,7 @@ def _job(config: DictConfig, hydra_config: DictConfig) -> float | None:
 
 def _train(config: DictConfig) -> tuple[int, float | None]:
     """Exit status and objective of a run."""
+    _check_model_from(config)
     from gfnem.app.build import build, make
     from gfnem.run import Run
 
@@ -241,6 +238,14 @@ def _train(config: DictConfig) -> tuple[int, float | None]:
     tracker = make(built.config["tracker"])
     status = _fit(built, Run.create(built.config["run_dir"], built.config, tracker))
     return status, built.em.best if math.isfinite(built.em.best) else None
+
+
+def _check_model_from(config: DictConfig) -> None:
+    """Raise UserError where there is no run to begin with, before data is read."""
+    from gfnem.run import Run
+
+    if config.model_from is not None:
+        Run.open(config.model_from)
 
 
 def _fit(built: Built, run: Run, overrides: Sequence[str] = ()) -> int:
