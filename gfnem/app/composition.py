@@ -25,6 +25,7 @@ from gfnem.app.overrides import (
     parsed,
     plugins,
     products,
+    quoted,
     values_of,
 )
 from gfnem.app.refusals import model_parts, settle
@@ -60,6 +61,7 @@ def compose_stored(run: Path, overrides: Sequence[str]) -> DictConfig:
 
     Raises UserError for overrides that cannot be read or that nothing takes.
     """
+    overrides = quoted(overrides, multirun=False)
     for override in overrides:
         check(parsed(override), {})
     config = _settled(_hydra_compose(run.resolve(), overrides))

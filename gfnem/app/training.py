@@ -69,7 +69,7 @@ def start(command: Command) -> int:
     if "resume" in own:
         if multirun or command.config_dir is not None:
             raise UserError("resume=DIR goes with neither --multirun nor --config-dir")
-        return resume(Path(own["resume"]), quoted(given, False), "--cfg" in command.flags)
+        return resume(Path(own["resume"]), given, "--cfg" in command.flags)
     overrides = quoted(given, multirun)
     if multirun:
         return _sweep(command, overrides)
