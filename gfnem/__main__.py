@@ -1,3 +1,7 @@
-from gfnem.cli import main
+"""`python -m gfnem`."""
 
-raise SystemExit(main())
+from gfnem.app.main import main
+
+# Processes that a launcher starts import this file, too.
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -36,7 +36,7 @@ from typing import Any, Literal
 
 import torch
 
-from gfnem.build import set_up
+from gfnem.app.machine import set_up
 from gfnem.em import EM
 from gfnem.errors import UserError
 from gfnem.gflownet import objectives

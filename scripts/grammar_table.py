@@ -29,7 +29,7 @@ from pathlib import Path
 
 from jobs import TOTAL_SECONDS, Job, column, complete, markdown, seconds_per_step
 
-from gfnem.config import compose
+from gfnem.app.composition import compose
 from gfnem.errors import UserError
 from gfnem.run.compare import mean_and_deviation, result_texts
 from gfnem.run.finished import FinishedRun

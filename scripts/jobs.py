@@ -16,8 +16,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
-from gfnem.build import build
-from gfnem.config import compose
+from gfnem.app.build import build
+from gfnem.app.composition import compose
 from gfnem.errors import UserError
 from gfnem.model import LatentVariableModel
 from gfnem.posterior import Posterior

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from gfnem.build import build
-from gfnem.config import compose_stored
+from gfnem.app.build import build
+from gfnem.app.composition import compose_stored
 from gfnem.inference import inference
 from gfnem.run import Run
 from gfnem.run.plots import labelled_points, paths

@@ -29,7 +29,7 @@ from jobs import Job, complete, markdown
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gfnem.config import combinations
+from gfnem.app.composition import combinations
 from gfnem.run.compare import Target
 
 MODELS = {"mixture": "objectives", "grammar": "objectives_grammar"}

@@ -27,8 +27,8 @@ from jobs import INTERRUPTED, Job, markdown
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gfnem.build import build
-from gfnem.config import compose
+from gfnem.app.build import build
+from gfnem.app.composition import compose
 from gfnem.errors import UserError
 
 # The grammars and how they are trained.

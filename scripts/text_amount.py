@@ -29,8 +29,8 @@ from jobs import column, markdown
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-from gfnem.build import load_data, make
-from gfnem.config import compose_stored
+from gfnem.app.build import load_data, make
+from gfnem.app.composition import compose_stored
 from gfnem.errors import UserError
 from gfnem.run import Run
 from gfnem.tasks.grammar.inference import inside

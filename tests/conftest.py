@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hydra._internal.config_repository import ConfigRepository
 
-from gfnem.help import config_folder
 from gfnem.tasks.grammar.text import sources as data
 
 
@@ -72,27 +69,6 @@ def real_trees_are_parsed_once(root: Path) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "read_trees", once)
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def own_configuration_is_parsed_once() -> Iterator[None]:
-    """Hydra parses every file anew whenever it composes, which tests do hundreds of times."""
-    folder = str(config_folder())
-    parsed: dict[tuple[str, ...], Any] = {}
-    load_config = ConfigRepository.load_config
-
-    def once(repository: ConfigRepository, config_path: str) -> Any:
-        sources = repository.get_sources()
-        if any(source.scheme() == "file" and source.path != folder for source in sources):
-            return load_config(repository, config_path)
-        key = (config_path, *(source.path for source in sources))
-        if key not in parsed:
-            parsed[key] = load_config(repository, config_path)
-        return deepcopy(parsed[key])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ConfigRepository, "load_config", once)
         yield
 
 

@@ -21,7 +21,7 @@ import yaml
 from nltk import Tree
 
 import gfnem
-from gfnem.cli import main
+from gfnem.app.main import main
 from gfnem.em import EM
 from gfnem.tasks.discrete_vae.evaluate import DiscreteVAEEvaluator
 from gfnem.tasks.grammar.evaluate import GrammarEvaluator
@@ -135,11 +135,16 @@ class TestTrain:
 
     def test_multirun(self, tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["-m", *tiny, "seed=3,4", "em.m_steps=1", "run_dir=sweep"]) == 0
-        configs = [yaml.safe_load(Path(f"sweep/{n}/config.yaml").read_text()) for n in (0, 1)]
+        jobs = ["seed=3", "seed=4"]
+        assert sorted(os.listdir("sweep")) == ["multirun.yaml", *jobs]
+        configs = [yaml.safe_load(Path("sweep", job, "config.yaml").read_text()) for job in jobs]
         assert [config["seed"] for config in configs] == [3, 4]
-        assert sorted(os.listdir("sweep")) == ["0", "1"]
+        assert [config["run_dir"] for config in configs] == [f"sweep/{job}" for job in jobs]
         out = capsys.readouterr().out
-        assert "job 1 of 2" in out and "job 2 of 2" in out
+        assert "job 0: seed=3" in out and "job 1: seed=4" in out
+        head, row = out.splitlines()[-2:]
+        assert head.split()[:2] == ["seeds", "test/nll_per_token"]
+        assert row.split()[0] == "2"
 
     def test_multirun_goes_on_after_a_job_that_fails(
         self, tiny: list[str], capsys: pytest.CaptureFixture[str]
@@ -147,41 +152,58 @@ class TestTrain:
         jobs = ["-m", "posterior.samples=0,2", "em.m_steps=1", "run_dir=sweep"]
         assert main([*tiny, *jobs]) == 2
         assert "posterior.samples is 0" in capsys.readouterr().err
-        assert Path("sweep/1/summary.json").exists()
+        assert Path("sweep/posterior.samples=2/summary.json").exists()
 
-    def test_multirun_of_an_experiment_that_says_what_it_sweeps_over(
-        self, tiny: list[str], capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_multirun_of_an_experiment_that_says_what_it_sweeps_over(self, tiny: list[str]) -> None:
         Path("mine/experiment").mkdir(parents=True)
         swept = "hydra: {sweeper: {params: {seed: '3,4', objective: 'tb,vargrad'}}}\n"
         Path("mine/experiment/both.yaml").write_text(f"# @package _global_\n{swept}")
         given = ["-m", *tiny, "--config-dir", "mine", "experiment=both", "em.m_steps=1"]
         # What is given counts more.
         assert main([*given, "objective=db", "run_dir=sweep"]) == 0
-        configs = [yaml.safe_load(Path(f"sweep/{n}/config.yaml").read_text()) for n in (0, 1)]
-        assert sorted(os.listdir("sweep")) == ["0", "1"]
+        jobs = ["seed=3", "seed=4"]
+        configs = [yaml.safe_load(Path("sweep", job, "config.yaml").read_text()) for job in jobs]
         assert [config["seed"] for config in configs] == [3, 4]
         assert {config["objective"]["_target_"] for config in configs} == {
             "gfnem.gflownet.objectives.db"
         }
         assert all("hydra" not in config for config in configs)
-        assert "job 1 of 2: seed=3 objective=db" in capsys.readouterr().out.replace("  ", " ")
 
-    def test_cfg_prints_what_would_be_stored(
+    def test_cfg_prints_what_would_be_stored_but_for_the_sizes_of_the_data(
         self, trained: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert main([*tiny, "--cfg", f"run_dir={trained}"]) == 0
+        assert main([*tiny, "--cfg", "job", "--resolve", f"run_dir={trained}"]) == 0
         printed = yaml.safe_load(capsys.readouterr().out)
-        assert printed == yaml.safe_load((trained / "config.yaml").read_text())
+        stored = yaml.safe_load((trained / "config.yaml").read_text())
+        for name in ("vocabulary", "max_length"):
+            for part in ("sizes", "model", "policy"):
+                for config in (stored, printed):
+                    config[part].pop(name, None)
+        assert printed == stored
+        assert os.listdir() == []
+
+    @pytest.mark.parametrize(
+        ("flags", "shown"),
+        [
+            (["--cfg", "hydra"], "output_subdir: null"),
+            (["--info", "defaults"], "objective/vargrad"),
+            (["--hydra-help"], "hydra/launcher: basic, joblib, submitit_local, submitit_slurm"),
+        ],
+    )
+    def test_flags_of_hydra(
+        self, flags: list[str], shown: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(flags) == 0
+        assert shown in capsys.readouterr().out
         assert os.listdir() == []
 
     def test_own_config_dir(self, tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         Path("mine/experiment").mkdir(parents=True)
         Path("mine/experiment/short.yaml").write_text("# @package _global_\nem:\n  log_every: 7\n")
-        assert main([*tiny, "--config-dir", "mine", "experiment=short", "--cfg"]) == 0
+        assert main([*tiny, "--config-dir", "mine", "experiment=short", "--cfg", "job"]) == 0
         assert yaml.safe_load(capsys.readouterr().out)["em"]["log_every"] == 2
         short = [option for option in tiny if not option.startswith("em.log_every")]
-        assert main([*short, "--config-dir", "mine", "experiment=short", "--cfg"]) == 0
+        assert main([*short, "--config-dir", "mine", "experiment=short", "--cfg", "job"]) == 0
         assert yaml.safe_load(capsys.readouterr().out)["em"]["log_every"] == 7
 
 
@@ -245,7 +267,7 @@ class TestResume:
         self, trained: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         capsys.readouterr()
-        assert main([f"resume={trained}", "em.m_steps=9", "--cfg"]) == 0
+        assert main([f"resume={trained}", "em.m_steps=9", "--cfg", "job"]) == 0
         assert yaml.safe_load(capsys.readouterr().out)["em"]["m_steps"] == 9
 
 
@@ -616,7 +638,7 @@ class TestCompare:
 class TestHelp:
     def test_lists_groups_and_comes_without_torch(self, root: Path) -> None:
         code = (
-            "import sys; from gfnem.cli import main; main(['--help']);"
+            "import sys; from gfnem.app.main import main; main(['--help']);"
             "assert not {'torch', 'gfn', 'wandb', 'nltk', 'hydra'} & set(sys.modules)"
         )
         environment = {**os.environ, "PYTHONPATH": str(root)}
@@ -646,14 +668,13 @@ MISTAKES = [
     (["em.typo=1"], "em.typo is no option of this configuration"),
     (["+em.typo=1"], "em.typo is no option of gfnem.em.EM"),
     (["+typo=1"], "+typo=1: only options of data, model"),
-    (["seed=0", "~seed"], "'~seed' is not of the form key=value"),
+    (["seed=0", "~seed"], "~seed: options can be changed, not removed"),
     (["~seed=0"], "~seed=0: options can be changed, not removed"),
-    (["hydra.run.dir=x"], "hydra.run.dir=x: there is nothing of Hydra's own to set"),
+    (["hydra.run.dir=x"], "hydra.run.dir=x has no effect: run_dir says where"),
     (["policy=nosuch"], "policy=nosuch: policy is one of chart, grid, light, mixture, root_flow"),
-    (["refinement=null"], "refinement=null: refinement is one of"),
+    (["refinement=null"], "refinement=null: did you mean none? refinement is one of"),
     (["=3"], "'=3' is not of the form key=value"),
     (["em.m_steps=[1"], "'em.m_steps=[1' is not of the form key=value"),
-    (["run_dir=a=b"], "'run_dir=a=b' is not of the form key=value"),
     (["seed=1,2"], "seed=1,2: several values need --multirun"),
     (["seed=${typo}"], "Interpolation key 'typo' not found"),
     (["em=3"], "em=3: only options of it can be set"),

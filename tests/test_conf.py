@@ -11,18 +11,24 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from gfnem.build import build, make
-from gfnem.cli import main
-from gfnem.config import compose
+from gfnem.app.build import build, make
+from gfnem.app.composition import compose
+from gfnem.app.folders import config_folder, groups_in
+from gfnem.app.main import main
 from gfnem.errors import UserError
-from gfnem.help import config_folder, groups_in
 from gfnem.posteriors.mean_field import MeanField
 from gfnem.tasks.mixture.data import sampled
 from gfnem.tasks.mixture.model import starting_at
 from tests.tasks.grammar.text.test_brown import write_corpora
 
 GROUPS = groups_in(config_folder())
-OPTIONS = [(group, option) for group, options in GROUPS.items() for option in options]
+OF_SWEEPS = ("launcher", "sweeper")
+OPTIONS = [
+    (group, option)
+    for group, options in GROUPS.items()
+    for option in options
+    if group not in OF_SWEEPS
+]
 TREE = "(S (NP (DT The) (JJ old) (NN king)) (VP (VBD saw) (NP (DT a) (NN cat))) (. .))\n"
 IMAGES = {
     ("task", "discrete_vae"),

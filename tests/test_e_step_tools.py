@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from gfnem.build import resolve
-from gfnem.config import compose
+from gfnem.app.composition import compose
+from gfnem.app.options import resolve
 from gfnem.run.finished import FinishedRun
 
 

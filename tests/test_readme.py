@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gfnem.build import resolve
-from gfnem.config import combinations, compose, sweep
+from gfnem.app.composition import Sweep, combinations, compose
+from gfnem.app.options import resolve
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_command_lines(readme: str, results: str) -> None:
             # Of many seeds one says it all.
             fewer = [re.sub(r"^seed=(\d),.*", r"seed=\1", o) for o in arguments[1:]]
             assert len(combinations(arguments[1:])) > 1
-            assert sweep(fewer)
+            assert list(Sweep(fewer).configurations())
         else:
             resolve(compose(arguments))
 

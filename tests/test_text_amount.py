@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from gfnem.cli import main
+from gfnem.app.main import main
 from gfnem.tasks.grammar.inference import inside
 from gfnem.tasks.grammar.rules.dense import DenseGrammar
 from gfnem.tasks.grammar.text.corpus import Vocabulary

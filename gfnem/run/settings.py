@@ -11,7 +11,16 @@ Options = dict[str, str]
 """Dotted key -> value as text. An option that is null is as good as absent."""
 
 # What tells nothing of how a run was trained, apart from its seed.
-_IGNORED = ("seed", "run_dir", "tracker", "verbs", "ensemble_verbs", "patterns", "model_parts")
+_IGNORED = (
+    "seed",
+    "run_dir",
+    "module_folders",
+    "tracker",
+    "verbs",
+    "ensemble_verbs",
+    "patterns",
+    "model_parts",
+)
 # Where another posterior has none of these, its name says so.
 _OF_POSTERIOR = (
     "e_step",

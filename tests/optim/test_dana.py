@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR
 
-from gfnem.build import build
-from gfnem.config import compose
+from gfnem.app.build import build
+from gfnem.app.composition import compose
 from gfnem.errors import UserError
 from gfnem.optim import DANA, SGD, PowerLaw, dana_constant, dana_decaying
 

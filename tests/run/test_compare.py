@@ -20,7 +20,7 @@ import pytest
 import wandb
 from omegaconf import OmegaConf
 
-from gfnem.config import compose
+from gfnem.app.composition import compose
 from gfnem.errors import UserError
 from gfnem.run import FilesTracker, Run
 from gfnem.run.compare import Comparison, Target, compare
@@ -477,7 +477,7 @@ class TestCompare:
     def test_comes_without_torch(self, tmp_path: Path, root: Path) -> None:
         run = write_run(tmp_path / "run", changed(), 1.0)
         code = (
-            "import sys; from gfnem.cli import main; main(['compare', sys.argv[1]]);"
+            "import sys; from gfnem.app.main import main; main(['compare', sys.argv[1]]);"
             "assert not {'torch', 'gfn', 'wandb', 'nltk', 'hydra'} & set(sys.modules)"
         )
         done = subprocess.run(

@@ -16,11 +16,14 @@ if TYPE_CHECKING:
 
 
 def generate(em: EM, n: int = 16, file: str = "samples.png") -> Iterator[str]:
-    """Write a picture of n images drawn from the model; says where it is.
+    """Write a picture of images drawn from the model, and say where it is.
 
-    file: its name says the format, as in .png, .pdf or .svg.
+    Args:
+        n: how many images.
+        file: the picture; its name says the format, as in .png, .pdf or .svg.
 
-    Raises UserError for n below 1 and for a file that cannot be written.
+    Raises:
+        UserError: n is below 1, or the file cannot be written.
     """
     if n < 1:
         raise UserError(f"n is {n}; it must be at least 1")
@@ -29,11 +32,13 @@ def generate(em: EM, n: int = 16, file: str = "samples.png") -> Iterator[str]:
 
 
 def reconstruct(em: EM, file: str = "reconstructions.png") -> Iterator[str]:
-    """Write a picture of test images and their reconstructions; says where it is.
+    """Write a picture of test images and what their codes keep of them, and say where it is.
 
-    file: its name says the format, as in .png, .pdf or .svg.
+    Args:
+        file: the picture; its name says the format, as in .png, .pdf or .svg.
 
-    Raises UserError for a file that cannot be written.
+    Raises:
+        UserError: the file cannot be written.
     """
     assert isinstance(em.data, ImageData)
     _save(reconstructions(_model(em), em.posterior, em.data.test), file)

@@ -23,15 +23,20 @@ if TYPE_CHECKING:
 def parse(
     em: EM, file: str | None = None, decode: Decode = "mbr", samples: int = 16
 ) -> Iterator[str]:
-    """Bracketed trees of sentences, a line each.
-
-    file: the sentences, one a line, words between spaces; standard input when None.
-    decode, samples: see `decode.parse`.
+    """Print bracketed trees of sentences, a line each.
 
     A sentence that has no tree gives an empty line, so that input and output agree line by line,
     and a note on standard error. Unknown words are parsed, with a note.
 
-    Raises UserError for a file that cannot be read and for samples below 1.
+    Args:
+        file: the sentences, one a line, words between spaces; standard input when None.
+        decode: mbr, the minimum-Bayes-risk tree of the posterior's draws; marginals, that of exact
+            span marginals where there are any; sample, one draw of the posterior; viterbi, the best
+            tree of a context-free grammar.
+        samples: draws for each sentence.
+
+    Raises:
+        UserError: the file cannot be read, samples is below 1, or the model cannot decode so.
     """
     check_least("samples", samples, 1)
     data = data_of(em)
@@ -69,11 +74,15 @@ def parse_ensemble(
 
 
 def generate(em: EM, n: int = 16) -> Iterator[str]:
-    """Sentences drawn from the grammar: words, a tab and the bracketed tree, a line each.
+    """Print sentences drawn from the grammar: words, a tab and the bracketed tree, a line each.
 
     A tree prior has no part in it, as a note on standard error says where there is one.
 
-    Raises UserError for n below 1.
+    Args:
+        n: how many sentences.
+
+    Raises:
+        UserError: n is below 1.
     """
     if n < 1:
         raise UserError(f"n is {n}; it must be at least 1")

@@ -19,8 +19,8 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 from PIL import Image
 
+from gfnem.app.signatures import annotations_of, fits
 from gfnem.errors import UserError
-from gfnem.signatures import annotations_of, fits
 from gfnem.tasks.discrete_vae.data import (
     ImageData,
     Images,

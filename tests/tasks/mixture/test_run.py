@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gfnem.cli import main
+from gfnem.app.main import main
 from gfnem.tasks.mixture.evaluate import MixtureEvaluator
 
 POSTERIORS = [

@@ -17,8 +17,8 @@ from hydra.utils import get_object
 from nltk import Tree
 from omegaconf import OmegaConf
 
+from gfnem.app.signatures import annotations_of, fits
 from gfnem.errors import UserError
-from gfnem.signatures import annotations_of, fits
 from gfnem.tasks.grammar.text import sources as data_module
 from gfnem.tasks.grammar.text.brackets import Reading, gold_spans, read_trees
 from gfnem.tasks.grammar.text.corpus import GrammarData, Vocabulary

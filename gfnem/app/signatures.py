@@ -8,7 +8,10 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from omegaconf import OmegaConf
 from typing_extensions import Unpack
+
+from gfnem.errors import UserError
 
 _NAMES = {
     bool: "true or false",
@@ -69,6 +72,17 @@ def fits(value: Any, annotation: Any) -> bool:
         return is_sequence and all(any(fits(v, item) for item in items) for v in value)
     # The options of an object, which are checked against its own signature.
     return isinstance(value, dict)
+
+
+def check_type(value: Any, annotation: Any, where: str) -> None:
+    """Raise UserError for a value that does not fit; lists and mappings may be those of a config.
+
+    where: the name of the option.
+    """
+    plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    if not fits(plain, annotation):
+        shown = "null" if value is None else value
+        raise UserError(f"{where}={shown}: it must be {described(annotation)}")
 
 
 def described(annotation: Any) -> str:

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
-import numpy as np
 import torch
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from gfnem.config import PARTS, model_parts
+from gfnem.app.machine import set_up
+from gfnem.app.options import POSTERIOR_PARTS, resolve
+from gfnem.app.signatures import annotations_of
 from gfnem.em import EM
 from gfnem.errors import UserError
-from gfnem.memory import keep_freed_memory
 from gfnem.run import Run
-from gfnem.run.patterns import USUAL, patterns_for
-from gfnem.signatures import annotations_of, described, fits
-
-# The parts that a posterior may take beside its own options; a model's are the task's.
-POSTERIOR_PARTS = ("policy", "objective", "local_search", "refinement")
 
 
 @dataclass(frozen=True)
@@ -104,41 +97,6 @@ def load_data(config: DictConfig) -> tuple[dict[str, Any], Any]:
     return resolve(cast(DictConfig, OmegaConf.merge(config, {"sizes": now}))), data
 
 
-def resolve(config: DictConfig) -> dict[str, Any]:
-    """The configuration as plain values.
-
-    Raises UserError for options that their part does not take, that have the wrong type, that are
-    missing or that have no effect.
-    """
-    try:
-        resolved = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
-    except OmegaConfBaseException as error:
-        raise UserError(str(error).partition("\n")[0]) from None
-    # An option that refers to another is named after it in messages, so both forms are needed.
-    _check(resolved, cast(dict[str, Any], OmegaConf.to_container(config)))
-    return resolved
-
-
-def set_up(seed: int, threads: int | None, device: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """Seed all random numbers, set up the CPU's arithmetic and memory and choose the device."""
-    keep_freed_memory()
-    if threads is not None:
-        if threads < 1:
-            raise UserError(f"threads is {threads}; it must be at least 1")
-        torch.set_num_threads(threads)
-    # Numbers below 1e-38, such as the odds of a pixel that is never on, take a CPU ten times as
-    # long as others and change nothing. NumPy looks for the smallest ones before, and remembers.
-    for precision in ("float32", "float64"):
-        np.finfo(np.dtype(precision))
-    torch.set_flush_denormal(True)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda, but no CUDA device can be used here: take device=cpu")
-    torch.manual_seed(seed)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
-
-
 def make(options: dict[str, Any], **parts: Any) -> Any:
     """Call what `_target_` names with the options and further parts, or make a partial of it."""
     try:
@@ -160,66 +118,6 @@ def _make_for(data: Any, options: dict[str, Any], **parts: Any) -> Any:
 def _parts(data: Any, resolved: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """Those of some parts that the configuration has."""
     return {name: _make_for(data, resolved[name]) for name in names if resolved.get(name)}
-
-
-def _check(resolved: dict[str, Any], raw: dict[str, Any]) -> None:
-    direct = {**annotations_of(set_up), "run_dir": str, "model_from": str | None}
-    for name, annotation in direct.items():
-        _check_given(resolved.get(name), name)
-        _check_type(resolved.get(name), annotation, name)
-    for purpose in USUAL:
-        patterns_for(resolved, purpose)
-    for part in (*PARTS, *model_parts(resolved)):
-        options = resolved.get(part)
-        if options is None:
-            continue
-        if not isinstance(options, dict):
-            raise UserError(f"{part}={options}: only options of it can be set, {part}.KEY=VALUE")
-        _check_options(options, raw[part], part)
-    for whole, parts in (("model", resolved["model_parts"]), ("posterior", POSTERIOR_PARTS)):
-        target = resolved[whole]["_target_"]
-        taken = annotations_of(get_object(target))
-        taker = target.rpartition(".")[-1]
-        for part in parts:
-            if resolved.get(part) is not None and part not in taken:
-                raise UserError(f"{part} has no effect with {taker}: leave {part}=... out")
-        if "policy" in parts and "policy" in taken and resolved.get("policy") is None:
-            raise UserError(f"{taker} needs a policy: give one, or use posterior=mcmc")
-
-
-def _check_options(options: dict[str, Any], raw: Any, path: str) -> None:
-    annotations = None
-    if "_target_" in options:
-        target = options["_target_"]
-        try:
-            annotations = annotations_of(get_object(target))
-        except (ImportError, ValueError, AttributeError) as error:
-            line = " ".join(str(error).split())
-            raise UserError(f"{path}._target_={target} cannot be imported: {line}") from None
-    for name, value in options.items():
-        if name.startswith("_"):
-            continue
-        source = raw[name] if isinstance(raw, dict) else None
-        reference = re.fullmatch(r"\$\{([\w.]+)\}", source) if isinstance(source, str) else None
-        where = reference[1] if reference else f"{path}.{name}"
-        _check_given(value, where)
-        if annotations is not None:
-            if name not in annotations:
-                raise UserError(f"{where} is no option of {options['_target_']}")
-            _check_type(value, annotations[name], where)
-        if isinstance(value, dict):
-            _check_options(value, source, where)
-
-
-def _check_given(value: Any, where: str) -> None:
-    if value == "???":
-        raise UserError(f"{where} is missing: give it with {where}=...")
-
-
-def _check_type(value: Any, annotation: Any, where: str) -> None:
-    if not fits(value, annotation):
-        shown = "null" if value is None else value
-        raise UserError(f"{where}={shown}: it must be {described(annotation)}")
 
 
 def _optimizer(options: dict[str, Any], path: str) -> Any:

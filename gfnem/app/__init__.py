@@ -1,0 +1,1 @@
+"""The command line: Hydra's application, verbs, what is refused, help."""
