@@ -1,4 +1,4 @@
-"""Rules that differ by more than single precision can hold: values are those of double precision."""
+"""Rules that differ by more than single precision can hold: as in double precision all the same."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def grammar_of(logits: list[Tensor]) -> Grammar:
     root, *binary, emission = (table.log_softmax(-1) for table in logits)
     if len(binary) == 1:
         return DenseGrammar(root, binary[0].unflatten(-1, (SYMBOLS, SYMBOLS)), emission)
-    return LowRankGrammar(root, *binary, emission)
+    mixture, left, right = binary
+    return LowRankGrammar(root, mixture, left, right, emission)
 
 
 def values(
