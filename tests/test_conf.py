@@ -245,7 +245,7 @@ def test_options_of_gradients_that_no_m_step_follows_are_refused(
 @pytest.mark.parametrize("task", ["grammar", "discrete_vae", "mixture"])
 def test_how_chains_move_depends_on_the_task(task: str) -> None:
     moves = {
-        "grammar": "gfnem.tasks.grammar.moves.Rotations",
+        "grammar": "gfnem.tasks.grammar.policies.moves.Rotations",
         "discrete_vae": "gfnem.tasks.discrete_vae.moves.CodeGibbs",
         "mixture": "gfnem.posteriors.mcmc.Gibbs",
     }

@@ -25,7 +25,7 @@ from gfnem.tasks.grammar.policies.root_flow import RootFlowPolicy
 from gfnem.tasks.grammar.text.sources import toy_english
 from tests.posteriors.test_gflownet import SETTINGS, distances, setting, train
 from tests.tasks.discrete_vae import tiny as images
-from tests.tasks.grammar import annotated_oracle, oracle
+from tests.tasks.grammar import oracle, parents_oracle
 from tests.tasks.grammar.policies.test_chart import make_policy as make_chart
 from tests.tasks.grammar.policies.test_chart import ncfg, q_of
 from tests.tasks.grammar.tiny import (
@@ -84,7 +84,7 @@ def test_trained_posterior_of_a_chart_is_that_of_enumeration():
     grammar = model.grammar()
     rules = [getattr(grammar, name).detach() for name in ("root", "binary", "emission")]
     exact = [
-        oracle.posterior(annotated_oracle.enumerate_labelled(type(grammar)(*rules), words))
+        oracle.posterior(parents_oracle.enumerate_labelled(type(grammar)(*rules), words))
         for words in (words_of(x, 0), words_of(x, 1))
     ]
 

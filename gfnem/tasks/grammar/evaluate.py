@@ -21,9 +21,9 @@ from gfnem.posterior import Posterior
 from gfnem.tasks.grammar.decode import minimum_bayes_risk
 from gfnem.tasks.grammar.inference import inside
 from gfnem.tasks.grammar.model import GrammarModel
-from gfnem.tasks.grammar.scores import SentenceScores, baseline
 from gfnem.tasks.grammar.text.corpus import Corpus, GrammarData, Sentences
 from gfnem.tasks.grammar.trees.f1 import SpanCounts
+from gfnem.tasks.grammar.trees.scores import SentenceScores, baseline
 from gfnem.tasks.grammar.trees.tree import Trees
 from gfnem.training.parts import Metrics
 
@@ -222,8 +222,8 @@ class GrammarEvaluator:
                     }
                     scores.append(SentenceScores(x.ids, x.lengths, ways))
         together = SentenceScores.cat(scores) if scores else None
-        if final and together is not None:
-            together = together.with_baselines(corpus, self.samples, self.batch_size)
+        if final and together is not None and corpus.gold is not None:
+            together = together.with_baselines(corpus.gold, self.samples, self.batch_size)
         return {name: torch.cat(parts) for name, parts in figures.items()}, together
 
     def _shorter(self, split: str, scores: SentenceScores) -> Metrics:

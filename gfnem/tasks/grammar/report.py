@@ -9,9 +9,9 @@ from gfnem.posterior import Posterior
 from gfnem.run import Run
 from gfnem.run.plots import bar_table, learning_curves
 from gfnem.tasks.grammar.decode import bracketed, parse
-from gfnem.tasks.grammar.scores import SentenceScores
 from gfnem.tasks.grammar.text.corpus import Corpus
 from gfnem.tasks.grammar.trees.drawing import draw_trees
+from gfnem.tasks.grammar.trees.scores import SentenceScores
 from gfnem.training.parts import Metrics
 
 PANELS: Mapping[str, Sequence[str]] = {

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gfnem.errors import UserError
 from gfnem.model import LatentVariableModel
-from gfnem.tasks.grammar.moves import rotate_and_accept
+from gfnem.tasks.grammar.policies.moves import rotate_and_accept
 from gfnem.tasks.grammar.trees.energy import RecursiveNetwork
 from gfnem.tasks.grammar.trees.tree import Trees
 from gfnem.tasks.tree_prior.data import Shapes

@@ -24,7 +24,7 @@ class ShapeCondition:
 
 
 class ShapeRotations(Moves):
-    """Metropolis-Hastings by rotations, as in `gfnem.tasks.grammar.moves`, without any sentence.
+    """Metropolis-Hastings by rotations, as in `grammar.policies.moves`, without any sentence.
 
     A state is the sizes of a tree's nodes, gap by gap: gaps merged in their order give it again.
     """

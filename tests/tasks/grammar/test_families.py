@@ -18,16 +18,16 @@ from gfnem.posteriors.importance import ImportancePosterior
 from gfnem.posteriors.mcmc import MCMC
 from gfnem.tasks.grammar.inference import inside
 from gfnem.tasks.grammar.model import GrammarModel
-from gfnem.tasks.grammar.moves import Rotations
 from gfnem.tasks.grammar.policies.chart import ChartPolicy
+from gfnem.tasks.grammar.policies.moves import Rotations
 from gfnem.tasks.grammar.policies.root_flow import RootFlowPolicy
 from gfnem.tasks.grammar.rules.dense import DenseGrammar
 from gfnem.tasks.grammar.rules.grammar import Grammar
 from gfnem.tasks.grammar.rules.low_rank import LowRankGrammar
 from gfnem.tasks.grammar.text.corpus import Sentences
 from gfnem.tasks.grammar.trees.tree import Trees
-from tests.tasks.grammar import annotated_oracle, oracle
-from tests.tasks.grammar.annotated_oracle import random_low_rank_grammar
+from tests.tasks.grammar import oracle, parents_oracle
+from tests.tasks.grammar.parents_oracle import random_low_rank_grammar
 from tests.tasks.grammar.tiny import (
     count_trees,
     every_shape,
@@ -54,7 +54,7 @@ def low_rank_context_free() -> LowRankGrammar:
 
 FAMILIES: dict[str, Grammar] = {
     "context-free": oracle.random_grammar(LABELS, PRETERMINALS, WORDS, seed=1, temperature=0.5),
-    "parents": annotated_oracle.random_grammar(LABELS, PRETERMINALS, WORDS, 1, temperature=0.5),
+    "parents": parents_oracle.random_grammar(LABELS, PRETERMINALS, WORDS, 1, temperature=0.5),
     "context-free, low rank": low_rank_context_free(),
     "parents, low rank": random_low_rank_grammar(LABELS, PRETERMINALS, 3, WORDS, seed=1),
 }
@@ -77,7 +77,7 @@ def enumerable(grammar: Grammar) -> DenseGrammar:
     """The same rules one by one, under every label above."""
     tables = grammar.map(Tensor.detach)
     if isinstance(tables, LowRankGrammar):
-        tables = annotated_oracle.as_dense(tables)
+        tables = parents_oracle.as_dense(tables)
     assert isinstance(tables, DenseGrammar)
     return DenseGrammar(
         tables.root,
@@ -93,8 +93,8 @@ def grammar(request: pytest.FixtureRequest) -> Grammar:
 
 def joint(grammar: Grammar, words: list[int], latent: str = "labelled") -> dict[Any, float]:
     """log p(x, z) of every z."""
-    of = annotated_oracle.enumerate_shapes
-    return (of if latent == "shape" else annotated_oracle.enumerate_labelled)(
+    of = parents_oracle.enumerate_shapes
+    return (of if latent == "shape" else parents_oracle.enumerate_labelled)(
         enumerable(grammar), words
     )
 
@@ -103,7 +103,7 @@ def test_likelihood_and_its_gradient(grammar):
     model, x = Fixed(grammar), sentences(LENGTHS, WORDS)
     value = log_likelihood(model, x)
     for index in range(len(x)):
-        expected = annotated_oracle.log_partition(enumerable(grammar), words_of(x, index))
+        expected = parents_oracle.log_partition(enumerable(grammar), words_of(x, index))
         assert value[index].item() == pytest.approx(expected, abs=1e-10)
     rules = list(vars(grammar).values())
     assert torch.autograd.gradcheck(
@@ -118,7 +118,7 @@ def test_expected_counts_are_those_of_enumeration(grammar):
     x = sentences(LENGTHS, WORDS)
     counts = inside.expected_counts(grammar, x.words, x.lengths)
     single = [
-        annotated_oracle.expected_counts(enumerable(grammar), words_of(x, index))
+        parents_oracle.expected_counts(enumerable(grammar), words_of(x, index))
         for index in range(len(x))
     ]
     root, binary, emission = (torch.stack(one).sum(0) for one in zip(*single, strict=True))

@@ -17,19 +17,16 @@ labellings: the last choice forgets the labels, and has P_B = p(labels | shape, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 import torch
-from gfn.states import DiscreteStates
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
 from gfnem.categorical import sample_categorical
 from gfnem.errors import UserError
-from gfnem.gflownet.estimator import PolicyEstimator
 from gfnem.gflownet.objectives import ScoredTrajectories
 from gfnem.gflownet.policy import (
     ON_POLICY,
@@ -38,10 +35,11 @@ from gfnem.gflownet.policy import (
     Paths,
     trajectories_of_choices,
 )
-from gfnem.gflownet.sequence_env import SequenceEnv
 from gfnem.model import LatentVariableModel
 from gfnem.tasks.grammar.inference.labelled import labels_above, root_score, rule_scores
 from gfnem.tasks.grammar.model import GrammarModel, check_latent
+from gfnem.tasks.grammar.policies.chart_env import ChartEnv, ChartEstimator
+from gfnem.tasks.grammar.policies.choices import Choices
 from gfnem.tasks.grammar.policies.encoder import SpanEncoder, SpanEncoding
 from gfnem.tasks.grammar.policies.guide import Guide, cluster_parents, exact, relaxed, unguided
 from gfnem.tasks.grammar.policies.splits import ChartCondition, Spans, finite_log
@@ -103,6 +101,7 @@ class ChartPolicy(NumberedPolicy):
             if guide != "relaxation":
                 raise UserError(f"policy.clusters={clusters} has no effect on policy.guide={guide}")
         self.nonterminals = nonterminals
+        self.choices = Choices(nonterminals)
         self.latent = latent
         self.guide = guide
         self.clusters = clusters
@@ -223,7 +222,7 @@ class ChartPolicy(NumberedPolicy):
         # Given choices by row, start and width of the span; -1 where there is none.
         given = label.new_full((len(row), length, length + 1), -1)
         if forced is not None and keep is not None:
-            choices, order = self._choices(forced)
+            choices, order = self.choices.of(forced)
             label = torch.where(keep[sentence] > 0, choices[:, 0], label)
             kept = torch.arange(1, length, device=row.device) < keep[sentence, None]
             start, end = (
@@ -247,7 +246,7 @@ class ChartPolicy(NumberedPolicy):
             choice = given[tree, start, width]
             if width > 2:
                 choice = torch.where(choice < 0, self._choose(condition, spans, behaviour), choice)
-            split, left, right = self.decoded(choice.clamp(min=0))
+            split, left, right = self.choices.decoded(choice.clamp(min=0))
             middle = start + split
             node_start[tree, middle - 1], node_end[tree, middle - 1] = start, start + width
             node_label[tree, middle - 1] = own
@@ -271,35 +270,7 @@ class ChartPolicy(NumberedPolicy):
         inner = (~word_left & ~word_right).nonzero().squeeze(-1)
         weights = splits.rules[inner, first[inner]] * splits.right[inner, split[inner]]
         right[inner] = sample_categorical(weights)
-        return self._coded(split + 1, left, right)
-
-    def _coded(self, split: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """The number of the choice of a left child of `split` words and of the children's labels,
-        0 for a word."""
-        return ((split - 1) * self.nonterminals + left) * self.nonterminals + right
-
-    def decoded(self, choice: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Width of the left child and the children's labels."""
-        square = self.nonterminals**2
-        return (
-            choice // square + 1,
-            choice % square // self.nonterminals,
-            choice % self.nonterminals,
-        )
-
-    def _choices(self, trees: Trees) -> tuple[Int[Tensor, "rows steps"], Int[Tensor, "rows nodes"]]:
-        """The root's label and the choice at each node, and the nodes in the order of choices.
-
-        Behind a shorter sentence's nodes there is nothing to choose: choice 0.
-        """
-        gap = torch.arange(trees.start.shape[-1], device=trees.start.device)
-        below = (labels.clamp(min=0) for labels in trees.child_labels())
-        choice = torch.where(trees.exists, self._coded(gap + 1 - trees.start, *below), 0)
-        width = torch.where(trees.exists, trees.end - trees.start, 0)
-        # Of equal widths those on the left come first, as gaps do.
-        order = (-width).argsort(dim=-1, stable=True).flatten(0, 1)
-        top = trees.top_labels().flatten()[:, None]
-        return torch.cat([top, choice.flatten(0, 1).gather(1, order)], 1), order
+        return self.choices.coded(split + 1, left, right)
 
     def _paths(
         self,
@@ -314,7 +285,7 @@ class ChartPolicy(NumberedPolicy):
         score_from: choices before it get log P_F of 0.
         """
         batch, samples, _ = trees.start.shape
-        choices, order = self._choices(trees)
+        choices, order = self.choices.of(trees)
         above = labels_above(trees, self.nonterminals)
         forward = self._log_forward(condition, trees, above, choices, order, temperature)
         if score_from is not None:
@@ -368,36 +339,10 @@ class ChartPolicy(NumberedPolicy):
         if len(row):
             at = row, step
             spans = Spans(sentence[row], start[at], (end - start)[at], label[at], above[at])
-            log_p = self._log_choice(condition, spans, choices[row, step + 1], temperature)
+            choice = self.choices.decoded(choices[row, step + 1])
+            log_p = condition.splits(spans).log_choice(spans.width, *choice, temperature)
             forward = forward.index_put(at, log_p)
         return torch.cat([root[None], forward.t()])
-
-    def _log_choice(
-        self,
-        condition: ChartCondition,
-        spans: Spans,
-        choice: Int[Tensor, "spans"],
-        temperature: float,
-    ) -> Float[Tensor, "spans"]:
-        splits = condition.splits(spans)
-        width, left, right = self.decoded(choice)
-        at = torch.arange(len(choice), device=choice.device), width - 1
-        inner = (
-            finite_log(splits.left[at].gather(1, left[:, None]))
-            + finite_log(splits.rules[at[0], left, right])[:, None]
-            + finite_log(splits.right[at].gather(1, right[:, None]))
-        ).squeeze(1)
-        word_left = finite_log(splits.word_left.gather(1, right[:, None])).squeeze(1)
-        word_right = finite_log(splits.word_right.gather(1, left[:, None])).squeeze(1)
-        chosen = torch.where(width == spans.width - 1, word_right, inner)
-        chosen = torch.where(width == 1, word_left, chosen) + splits.log_weights[at]
-        total = splits.first(spans.width).sum((1, 2))
-        # Where all weights are zero there is nothing to draw.
-        chosen = torch.where(total > 0, chosen, torch.nan)
-        if temperature == 1.0:
-            return chosen - finite_log(total)
-        joint = splits.joint(spans.width).log() / temperature
-        return chosen / temperature - joint.logsumexp(-1)
 
     def _flows(
         self,
@@ -476,125 +421,8 @@ class ChartPolicy(NumberedPolicy):
         return self._envs[key]
 
     def estimators(self) -> tuple[ChartEstimator, ChartEstimator]:
-        return ChartEstimator(self, is_backward=False), ChartEstimator(self, is_backward=True)
+        of = partial(ChartEstimator, self, choices=self.choices, latent=self.latent)
+        return of(is_backward=False), of(is_backward=True)
 
     def flow_parameters(self) -> list[nn.Parameter]:
         return list(self.encoder.flow.parameters())
-
-
-class ChartEnv(SequenceEnv):
-    """As many choices as a sentence has words: its root's label and a split for each node.
-
-    `conditions` are the row of the sentence in its batch and its number of words.
-    """
-
-    def choices_due(self, states: DiscreteStates) -> int | Tensor:
-        conditions = states.conditions
-        return self.steps if conditions is None else conditions[..., 1].long()
-
-
-class ChartEstimator(PolicyEstimator):
-    """P_F or P_B at given states, which hold the choices made: a labelled tree in the end.
-
-    The states' sentences are rows of the batch that the policy has last seen (`condition`).
-    """
-
-    def forward(
-        self, states: DiscreteStates, conditions: Float[Tensor, "*batch 2"]
-    ) -> Float[Tensor, "*batch actions"]:
-        policy: ChartPolicy = self.policy
-        condition = self.condition
-        shape, actions = states.batch_shape, states.n_actions
-        if self.is_backward:
-            return conditions.new_zeros(*shape, actions - 1)
-        sentence = conditions[..., 0].long().flatten()
-        choices = states.tensor.reshape(len(sentence), -1)
-        spans, _ = self._follow(choices, sentence)
-        logits = condition.potentials.root.new_full((len(sentence), actions), -torch.inf)
-        # Where there is nothing to choose: two words, or a complete tree, which is left.
-        logits[:, 0] = logits[:, -1] = 0.0
-        begins = choices[:, 0] < 0
-        logits[begins, : policy.nonterminals] = condition.root_logits()[sentence[begins]]
-        wide = (~begins & (spans.width > 2)).nonzero().squeeze(1)
-        if len(wide):
-            open_ = Spans(*(field[wide] for field in spans))
-            joint = condition.splits(open_).joint(open_.width).log()
-            logits[wide, : joint.shape[1]] = joint
-        return logits.view(*shape, actions)
-
-    def to_probability_distribution(
-        self, states: DiscreteStates, module_output: Tensor, **options: Any
-    ) -> Distribution:
-        distribution = super().to_probability_distribution(states, module_output, **options)
-        if self.is_backward and self.policy.latent == "shape":
-            return WithLabels(distribution, self._log_labels(states))
-        return distribution
-
-    @torch.no_grad()
-    def _log_labels(self, states: DiscreteStates) -> Float[Tensor, "*batch"]:
-        """log p(labels | shape, x) of the complete trees among the states; 0 for the others."""
-        condition = self.condition
-        conditions = states.conditions
-        assert conditions is not None
-        sentence = conditions[..., 0].long().flatten()
-        choices = states.tensor.reshape(len(sentence), -1)
-        complete = (choices >= 0).sum(1) == condition.lengths[sentence]
-        row = complete.nonzero().squeeze(1)
-        _, trees = self._follow(choices[row], sentence[row])
-        log_labels = condition.log_labels(sentence[row], trees).squeeze(1)
-        every = log_labels.new_zeros(len(sentence)).index_put((row,), log_labels)
-        return every.view(states.batch_shape)
-
-    def _follow(
-        self, choices: Int[Tensor, "rows steps"], sentence: Int[Tensor, "rows"]
-    ) -> tuple[Spans, Trees]:
-        """The span that is split next, and the tree so far.
-
-        The next is the widest, of those the leftmost; one word for none.
-        """
-        policy: ChartPolicy = self.policy
-        lengths, steps = self.condition.lengths, choices.shape[1]
-        row = torch.arange(len(choices), device=choices.device)
-        width = choices.new_zeros(len(row), steps)
-        label, above = torch.zeros_like(width), torch.full_like(width, policy.nonterminals)
-        width[:, 0], label[:, 0] = lengths[sentence], choices[:, 0].clamp(min=0)
-        node_start = choices.new_zeros(len(row), steps - 1)
-        node_end, node_label = torch.zeros_like(node_start), torch.full_like(node_start, -1)
-        for step in range(1, steps):
-            start = width.argmax(-1)
-            split, left, right = policy.decoded(choices[:, step].clamp(min=0))
-            made = (choices[:, step] >= 0) & (width[row, start] > 1)
-            at, begin, size = row[made], start[made], split[made]
-            middle, own = begin + size, label[at, begin]
-            node_start[at, middle - 1], node_end[at, middle - 1] = begin, begin + width[at, begin]
-            node_label[at, middle - 1] = own
-            width[at, middle] = width[at, begin] - size
-            width[at, begin] = size
-            label[at, begin], label[at, middle] = left[made], right[made]
-            above[at, begin] = above[at, middle] = own
-        start = width.argmax(-1)
-        at = row, start
-        open_ = Spans(sentence, start, width[at], label[at], above[at])
-        start, end, labels = (node[:, None] for node in (node_start, node_end, node_label))
-        return open_, Trees(start, end, lengths[sentence], labels)
-
-
-class WithLabels(Distribution):
-    """P_B where the last choice of a shape's trajectory is undone, which brings back the labels.
-
-    An action tells the choice alone: the labels are those that the state remembers.
-
-    choices: P_B of the actions.
-    log_labels: log p(labels | shape, x).
-    """
-
-    def __init__(self, choices: Distribution, log_labels: Float[Tensor, "*batch"]):
-        super().__init__(choices.batch_shape, choices.event_shape, validate_args=False)
-        self.choices = choices
-        self.log_labels = log_labels
-
-    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        return self.choices.sample(torch.Size(sample_shape))
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        return self.choices.log_prob(value) + self.log_labels

@@ -20,7 +20,7 @@ from gfnem.latents import LatentTable
 from gfnem.model import LatentVariableModel
 from gfnem.tasks.grammar.model import GrammarModel
 from gfnem.tasks.grammar.policies.encoder import SpanEncoder, SpanEncoding
-from gfnem.tasks.grammar.policies.env import LATER, Forest, ForestEnv, parents_time
+from gfnem.tasks.grammar.policies.env import LATER, Forest, ForestEnv
 from gfnem.tasks.grammar.policies.merges import (
     ActionScores,
     ForestCondition,
@@ -30,8 +30,8 @@ from gfnem.tasks.grammar.policies.merges import (
     lifetimes,
     select_paths,
     sentence_of,
-    uniform_order,
 )
+from gfnem.tasks.grammar.policies.orders import MergeOrders
 from gfnem.tasks.grammar.text.corpus import Sentences
 from gfnem.tasks.grammar.trees.tree import Trees
 
@@ -75,7 +75,7 @@ class ForestPolicy(NumberedPolicy):
             raise UserError(f"policy.backward is {backward!r}; use 'uniform' or 'learned'")
         self.nonterminals = nonterminals
         self.latent = latent
-        self.backward = backward
+        self.orders = MergeOrders(backward == "learned")
         self.encoder = SpanEncoder(
             preterminals, nonterminals, self.symbols, max_length, width, dropout, symbol_dropout
         )
@@ -138,7 +138,7 @@ class ForestPolicy(NumberedPolicy):
         return self._roll(condition, samples, behaviour=behaviour)
 
     def retrace(self, condition: ForestCondition, z: Trees) -> Paths:
-        merges = self._orders(condition, z)
+        merges = self.orders.draw(condition, z if self.labelled else z.shapes())
         keep = torch.full_like(merges.gaps[:, 0], merges.gaps.shape[1])
         return self._roll(condition, z.start.shape[1], forced=merges, keep=keep)
 
@@ -188,7 +188,7 @@ class ForestPolicy(NumberedPolicy):
         self, condition: ForestCondition, z: Trees, depth: int, temperature: float = 1.0
     ) -> tuple[Paths, Paths]:
         batch, samples = z.start.shape[:2]
-        merges = self._orders(condition, z)
+        merges = self.orders.draw(condition, z if self.labelled else z.shapes())
         # The walked and the new trajectories part at the same states: roll both out at once.
         twice = Merges(
             *(
@@ -270,7 +270,7 @@ class ForestPolicy(NumberedPolicy):
         model_log_joint = condition.model.log_joint_given(condition.model_potentials, trees)
         log_joint = model_log_joint.detach()
         samples = trees.start.shape[1]
-        backward = self._log_backward(condition, trees, merges)
+        backward = self.orders.log_backward(condition, trees, merges)
         if score_from is not None:
             steps = torch.arange(len(backward), device=backward.device)
             backward = backward.masked_fill(steps[:, None] < score_from, 0.0)
@@ -322,74 +322,6 @@ class ForestPolicy(NumberedPolicy):
         if rows is None:
             return drawn, scored
         return action.index_put((rows,), drawn), log_p.index_put((rows,), scored)
-
-    def _orders(self, condition: ForestCondition, z: Trees) -> Merges:
-        """Merge orders of given trees, drawn from P_B."""
-        trees = flat(z)
-        draw = self._learned_order if self.backward == "learned" else uniform_order
-        with torch.no_grad():
-            rank = draw(condition, trees, z.start.shape[1])
-        exists = trees.exists.squeeze(1)
-        time = torch.where(exists, rank, LATER)
-        labels = trees.labels.squeeze(1) if trees.labels is not None and self.labelled else None
-        return Merges.of(time, labels)
-
-    def _learned_order(
-        self, condition: ForestCondition, trees: Trees, samples: int
-    ) -> Int[Tensor, "rows gaps"]:
-        """Undo merges one by one, each root with the probability that the learned P_B gives it."""
-        start, end = trees.start.squeeze(1), trees.end.squeeze(1)
-        logit = self.backward_logit(condition, start, end, samples)
-        rows = torch.arange(len(start), device=start.device)
-        remaining = trees.exists.squeeze(1)
-        count = remaining.sum(-1)
-        rank = torch.full_like(start, LATER)
-        for _ in range(start.shape[1]):
-            done = count == 0
-            # A root lies inside no other remaining node.
-            time = torch.where(remaining, 0, LATER)
-            is_root = remaining & (parents_time(start, end, time, trees.lengths) == LATER)
-            weights = torch.where(is_root, logit, -torch.inf)
-            weights[done, 0] = 0.0
-            gap = sample_categorical(ON_POLICY.probabilities(weights))
-            count = count - 1
-            rank[rows, gap] = torch.where(done, rank[rows, gap], count)
-            remaining[rows, gap] = remaining[rows, gap] & done
-            count = count.clamp(min=0)
-        return rank
-
-    def backward_logit(
-        self, condition: ForestCondition, start: Tensor, end: Tensor, samples: int
-    ) -> Float[Tensor, "rows gaps"]:
-        """P_B's logits of undoing each node; log size alone makes merge orders uniform."""
-        size = (end - start - 1).clamp(min=1).to(condition.potentials.root.dtype)
-        if self.backward == "uniform":
-            return size.log()
-        encoding = condition.encoding
-        sentence = sentence_of(condition, samples)[:, None]
-        return size.log() + encoding.backward[sentence, encoding.index[start, end]]
-
-    def _log_backward(
-        self, condition: ForestCondition, trees: Trees, merges: Merges
-    ) -> Float[Tensor, "steps rows"]:
-        rows = flat(trees)
-        start, end = rows.start.squeeze(1), rows.end.squeeze(1)
-        steps = torch.arange(start.shape[1], device=start.device)
-        made = steps < (rows.lengths - 1)[:, None]
-        at = merges.gaps.clamp(max=start.shape[1] - 1)
-        if self.backward == "uniform":
-            size = (end - start - 1).gather(1, at).clamp(min=1)
-            log_p = (size / (steps + 1)).log().to(condition.potentials.root.dtype)
-        else:
-            logit = self.backward_logit(condition, start, end, trees.start.shape[1])
-            parent = parents_time(start, end, merges.time, rows.lengths)
-            after = steps[:, None]
-            is_root = (merges.time[:, None] <= after) & (parent[:, None] > after)
-            is_root &= rows.exists
-            total = torch.where(is_root, logit[:, None], -torch.inf)
-            total = torch.where(made[..., None], total, 0.0).logsumexp(-1)
-            log_p = logit.gather(1, at) - total
-        return torch.where(made, log_p, 0.0).t()
 
     def _flows(
         self,
@@ -492,7 +424,7 @@ class ForestEstimator(PolicyEstimator):
         start, end, label = fields.unbind(-1)
         made = start >= 0
         if self.is_backward:
-            logit = policy.backward_logit(condition, start.clamp(min=0), end.clamp(min=2), 1)
+            logit = policy.orders.logit(condition, start.clamp(min=0), end.clamp(min=2), 1)
             return logit.repeat_interleave(policy.symbols, -1).view(*shape, -1)
         forest = Forest(condition.potentials, 1, policy.labelled)
         scores = policy.scores(condition, forest)

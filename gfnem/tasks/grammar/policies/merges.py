@@ -168,21 +168,3 @@ def select_paths(paths: Paths, chosen: Int[Tensor, "batch chosen"]) -> Paths:
         flows=paths.flows,
         record=None,
     )
-
-
-def uniform_order(
-    condition: ForestCondition, trees: Trees, samples: int
-) -> Int[Tensor, "rows gaps"]:
-    """Uniformly random merge orders.
-
-    Give every node a time, uniform in [0, 1] and later than all below it: a node over s nodes has
-    the largest of s uniform numbers below its parent's time, which is that time * U^(1/s).
-    """
-    start, end = trees.start, trees.end
-    above = (start.transpose(1, 2) >= start) & (end.transpose(1, 2) <= end)
-    above &= trees.exists & trees.exists.transpose(1, 2)
-    uniform = torch.rand(start.squeeze(1).shape, dtype=torch.float64, device=start.device)
-    log_factor = uniform.log() / trees.sizes.squeeze(1).clamp(min=1)
-    log_time = (above.to(torch.float64) @ log_factor[..., None]).squeeze(-1)
-    log_time = torch.where(trees.exists.squeeze(1), log_time, torch.inf)
-    return log_time.argsort(-1).argsort(-1)

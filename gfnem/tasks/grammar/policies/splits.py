@@ -64,6 +64,32 @@ class Splits(NamedTuple):
         weights = self.log_weights.exp()[..., None, None]
         return (weights * options.transpose(2, 3)).flatten(1)
 
+    def log_choice(
+        self,
+        width: Int[Tensor, "spans"],
+        left_width: Int[Tensor, "spans"],
+        left: Int[Tensor, "spans"],
+        right: Int[Tensor, "spans"],
+        temperature: float,
+    ) -> Float[Tensor, "spans"]:
+        """log-probability of one choice for each span; NaN where there is nothing to draw."""
+        at = torch.arange(len(width), device=width.device), left_width - 1
+        inner = (
+            finite_log(self.left[at].gather(1, left[:, None]))
+            + finite_log(self.rules[at[0], left, right])[:, None]
+            + finite_log(self.right[at].gather(1, right[:, None]))
+        ).squeeze(1)
+        word_left = finite_log(self.word_left.gather(1, right[:, None])).squeeze(1)
+        word_right = finite_log(self.word_right.gather(1, left[:, None])).squeeze(1)
+        chosen = torch.where(left_width == width - 1, word_right, inner)
+        chosen = torch.where(left_width == 1, word_left, chosen) + self.log_weights[at]
+        total = self.first(width).sum((1, 2))
+        chosen = torch.where(total > 0, chosen, torch.nan)
+        if temperature == 1.0:
+            return chosen - finite_log(total)
+        joint = self.joint(width).log() / temperature
+        return chosen / temperature - joint.logsumexp(-1)
+
 
 @dataclass(frozen=True)
 class ChartCondition:

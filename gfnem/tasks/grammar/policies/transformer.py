@@ -114,7 +114,7 @@ class TransformerPolicy(ForestPolicy):
     def _reordered(self, condition: ForestCondition, z: Trees) -> tuple[Trees, Merges]:
         """Trees as this policy builds them, and orders to do so, drawn from P_B."""
         trees = z if self.labelled else Trees(z.start, z.end, z.lengths)
-        return trees, self._orders(condition, trees)
+        return trees, self.orders.draw(condition, trees)
 
     def _roll(self, *args, **options) -> Paths:
         with self._weights_cast_once():

@@ -12,7 +12,7 @@ from gfnem.tasks.grammar.inference.shape_density import changed
 from gfnem.tasks.grammar.rules.grammar import Potentials
 from gfnem.tasks.grammar.trees.levels import Levels
 from gfnem.tasks.grammar.trees.tree import Trees
-from tests.tasks.grammar import annotated_oracle, oracle
+from tests.tasks.grammar import oracle, parents_oracle
 from tests.tasks.grammar.tiny import (
     FixedLowRank,
     FixedModel,
@@ -27,8 +27,8 @@ LENGTHS = [7, 5, 2, 3]
 
 MODELS = {
     "cfg": lambda: FixedModel(oracle.random_grammar(3, 3)),
-    "ncfg": lambda: FixedModel(annotated_oracle.random_grammar(3, 3)),
-    "low rank": lambda: FixedLowRank(annotated_oracle.random_low_rank_grammar(3, 3, 2)),
+    "ncfg": lambda: FixedModel(parents_oracle.random_grammar(3, 3)),
+    "low rank": lambda: FixedLowRank(parents_oracle.random_low_rank_grammar(3, 3, 2)),
 }
 
 

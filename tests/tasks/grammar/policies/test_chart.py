@@ -30,7 +30,7 @@ from gfnem.tasks.grammar.text.sources import toy_english
 from gfnem.tasks.grammar.trees.tree import Trees
 from gfnem.tasks.mixture.data import sampled
 from gfnem.tasks.mixture.model import starting_at
-from tests.tasks.grammar import annotated_oracle, oracle
+from tests.tasks.grammar import oracle, parents_oracle
 from tests.tasks.grammar.tiny import (
     LATENTS,
     FixedLowRank,
@@ -55,12 +55,12 @@ def cfg(latent: Any) -> FixedModel:
 
 
 def ncfg(latent: Any, seed: int = 0, nonterminals: int = NONTERMINALS) -> FixedModel:
-    grammar = annotated_oracle.random_grammar(nonterminals, 3, seed=seed, temperature=0.5)
+    grammar = parents_oracle.random_grammar(nonterminals, 3, seed=seed, temperature=0.5)
     return FixedModel(grammar, latent)
 
 
 def low_rank_ncfg(latent: Any, seed: int = 0) -> FixedLowRank:
-    grammar = annotated_oracle.random_low_rank_grammar(NONTERMINALS, 3, 3, seed=seed)
+    grammar = parents_oracle.random_low_rank_grammar(NONTERMINALS, 3, 3, seed=seed)
     return FixedLowRank(grammar, latent)
 
 
@@ -109,11 +109,11 @@ def test_probabilities_of_all_labelled_trees_sum_to_one(guide):
 def test_an_exact_guide_gives_the_posterior(latent, low_rank, guide):
     model = low_rank_ncfg(latent, seed=1) if low_rank else ncfg(latent, seed=1)
     grammar: Any = model.grammar()
-    rules = annotated_oracle.as_dense(grammar) if low_rank else grammar
+    rules = parents_oracle.as_dense(grammar) if low_rank else grammar
     policy = ChartPolicy(NONTERMINALS, 3, 8, latent, **guide)
     x = sentences([4, 2, 5, 3])
     for index, q in enumerate(q_of(policy, model, x)):
-        joint = annotated_oracle.enumerate_labelled(rules, words_of(x, index))
+        joint = parents_oracle.enumerate_labelled(rules, words_of(x, index))
         exact = oracle.posterior(joint)
         assert q == pytest.approx(exact, abs=1e-12)
     paths = policy.sample(policy.condition(model, x), 6)
@@ -126,7 +126,7 @@ def test_an_exact_guide_gives_the_posterior(latent, low_rank, guide):
 @pytest.mark.parametrize("latent", LATENTS)
 def test_rules_of_low_rank_are_those_of_the_dense_grammar(latent, guide):
     model = low_rank_ncfg(latent, seed=1)
-    dense = FixedModel(annotated_oracle.as_dense(model.grammar()), latent)
+    dense = FixedModel(parents_oracle.as_dense(model.grammar()), latent)
     policy = make_policy(latent, guide)
     policy.usage += torch.rand_like(policy.usage)
     x = sentences([6, 2, 5, 3])
@@ -188,7 +188,7 @@ def test_training_finds_the_posterior(kind, guide, latent, length, steps, lr):
     torch.manual_seed(0)
     x = sentences([length])
     if kind == "ncfg":
-        model, of = ncfg(latent, seed=1, nonterminals=3), annotated_oracle
+        model, of = ncfg(latent, seed=1, nonterminals=3), parents_oracle
     else:
         model, of = FixedModel(oracle.random_grammar(3, 3, seed=2), latent), oracle
     enumerate_trees = of.enumerate_labelled if latent == "labelled" else of.enumerate_shapes
@@ -295,9 +295,9 @@ def test_regrowing_leaves_the_posterior_invariant(latent, guide):
     moves = BackAndForth(steps=3, depth=4, temperature=1.5)
     moved = moves(policy, model, x, Latents(z, None)).z
     enumerate_trees = (
-        annotated_oracle.enumerate_labelled
+        parents_oracle.enumerate_labelled
         if latent == "labelled"
-        else annotated_oracle.enumerate_shapes
+        else parents_oracle.enumerate_shapes
     )
     exact = oracle.posterior(enumerate_trees(model.grammar(), words_of(x, 0)))
     assert p_value(count_trees(moved, 0), exact) > 1e-3

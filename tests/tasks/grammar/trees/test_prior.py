@@ -18,9 +18,9 @@ from gfnem.posteriors.gflownet import GFlowNetPosterior
 from gfnem.posteriors.importance import ImportancePosterior
 from gfnem.posteriors.mcmc import MCMC
 from gfnem.tasks.grammar.model import GrammarModel
-from gfnem.tasks.grammar.moves import Rotations
 from gfnem.tasks.grammar.networks import NeuralNCFG, NeuralPCFG
 from gfnem.tasks.grammar.policies.chart import ChartPolicy
+from gfnem.tasks.grammar.policies.moves import Rotations
 from gfnem.tasks.grammar.policies.root_flow import RootFlowPolicy
 from gfnem.tasks.grammar.rules.dense import DenseGrammar
 from gfnem.tasks.grammar.trees.energy import (
@@ -32,7 +32,7 @@ from gfnem.tasks.grammar.trees.energy import (
 )
 from gfnem.tasks.grammar.trees.prior import TreePrior
 from gfnem.tasks.grammar.trees.tree import Trees
-from tests.tasks.grammar import annotated_oracle, oracle
+from tests.tasks.grammar import oracle, parents_oracle
 from tests.tasks.grammar.tiny import (
     LATENTS,
     POLICIES,
@@ -271,7 +271,7 @@ def test_every_policy_is_rewarded_with_the_weighted_log_joint(kind, latent, back
     model: GrammarModel
     policy: Any
     if kind == "chart":
-        grammar = annotated_oracle.random_grammar(2, 3, temperature=0.5)
+        grammar = parents_oracle.random_grammar(2, 3, temperature=0.5)
         model = FixedModel(grammar, latent, TreePrior(RightBranching(), strength=1.5))
         policy = ChartPolicy(2, 3, 8, latent, clusters=1, width=8)
     else:

@@ -17,7 +17,7 @@ from gfnem.tasks.grammar.rules.dense import DenseGrammar
 from gfnem.tasks.grammar.rules.low_rank import LowRankGrammar
 from gfnem.tasks.grammar.text.sources import toy_english
 from gfnem.tasks.grammar.trees.tree import Trees
-from tests.tasks.grammar import annotated_oracle, oracle
+from tests.tasks.grammar import oracle, parents_oracle
 from tests.tasks.grammar.tiny import (
     LATENTS,
     POLICIES,
@@ -51,7 +51,7 @@ def rules_of(model: NeuralNCFG) -> DenseGrammar:
     with torch.no_grad():
         grammar = model.grammar()
     if isinstance(grammar, LowRankGrammar):
-        return annotated_oracle.as_dense(grammar)
+        return parents_oracle.as_dense(grammar)
     assert isinstance(grammar, DenseGrammar)
     return grammar
 
@@ -82,13 +82,13 @@ def test_values_are_those_of_enumeration(latent, rank):
     assert value.requires_grad and log_likelihood.requires_grad
     for index in range(len(x)):
         words = words_of(x, index)
-        expected = annotated_oracle.log_partition(grammar, words)
+        expected = parents_oracle.log_partition(grammar, words)
         assert log_likelihood[index].item() == pytest.approx(expected, abs=1e-10)
         if latent == "shape":
-            joint: dict[Any, float] = annotated_oracle.enumerate_shapes(grammar, words)
+            joint: dict[Any, float] = parents_oracle.enumerate_shapes(grammar, words)
             trees = [z.spans(index, sample) for sample in range(z.start.shape[1])]
         else:
-            joint = annotated_oracle.enumerate_labelled(grammar, words)
+            joint = parents_oracle.enumerate_labelled(grammar, words)
             trees = [oracle.tree_at(z, index, sample) for sample in range(z.start.shape[1])]
         expected = torch.tensor([joint[tree] for tree in trees])
         torch.testing.assert_close(value[index].detach(), expected, rtol=0, atol=1e-10)
@@ -102,7 +102,7 @@ def test_posterior_draws_are_of_the_model_s_latent(rank):
     torch.manual_seed(0)
     z = model.sample_posterior(x, 5_000)
     for index in range(2):
-        joint = annotated_oracle.enumerate_labelled(rules_of(model), words_of(x, index))
+        joint = parents_oracle.enumerate_labelled(rules_of(model), words_of(x, index))
         assert p_value(count_trees(z, index), oracle.posterior(joint)) > 1e-3
 
 
@@ -122,7 +122,7 @@ def test_draws_have_the_frequencies_of_their_likelihood_and_posterior(rank):
     probabilities: dict[Any, float] = {}
     for length in (2, 3):
         for words in torch.cartesian_prod(*[torch.arange(VOCABULARY)] * length).tolist():
-            for tree, log_joint in annotated_oracle.enumerate_labelled(grammar, words).items():
+            for tree, log_joint in parents_oracle.enumerate_labelled(grammar, words).items():
                 probabilities[tuple(words), tree] = exp(log_joint)
     probabilities["longer"] = 1 - sum(probabilities.values())
     assert 0.05 < probabilities["longer"] < 0.95
@@ -162,7 +162,7 @@ def test_parse_draws_labels_from_their_exact_posterior(rank):
     torch.manual_seed(0)
     trees = parse(model, ExactPosterior(), x, [["a", "b", "b"]] * 2_000, "sample")
     counts = Counter(str(tree) for tree in trees)
-    joint = annotated_oracle.enumerate_labelled(rules_of(model), [0, 1, 1])
+    joint = parents_oracle.enumerate_labelled(rules_of(model), [0, 1, 1])
     names = {
         str(_only(tree).to_nltk(0, ["a", "b", "b"])): p
         for tree, p in oracle.posterior(joint).items()

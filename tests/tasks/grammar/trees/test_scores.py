@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gfnem.tasks.grammar.scores import SentenceScores, baseline
 from gfnem.tasks.grammar.trees.f1 import SpanCounts
+from gfnem.tasks.grammar.trees.scores import SentenceScores, baseline
 
 
 def counts(correct: list[int], predicted: list[int], gold: list[int]) -> SpanCounts:

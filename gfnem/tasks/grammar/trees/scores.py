@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -10,8 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from gfnem import bootstrap
-from gfnem.tasks.grammar.text.corpus import Corpus
-from gfnem.tasks.grammar.trees.f1 import SpanCounts
+from gfnem.tasks.grammar.trees.f1 import Span, SpanCounts
 from gfnem.tasks.grammar.trees.tree import Trees
 from gfnem.training.parts import Metrics
 
@@ -50,22 +49,24 @@ class SentenceScores:
             {name: counts.select(chosen) for name, counts in self.baselines.items()},
         )
 
-    def with_baselines(self, corpus: Corpus, samples: int, batch_size: int) -> SentenceScores:
+    def with_baselines(
+        self, gold: Sequence[Iterable[Span]], samples: int, batch_size: int
+    ) -> SentenceScores:
         """The same with left-branching, right-branching and random trees beside.
 
+        gold: spans of each tree of the whole corpus, as in `SpanCounts`.
         samples: random trees for each sentence.
         """
-        assert corpus.gold is not None
         parts = []
         for chosen in torch.arange(len(self.ids)).split(batch_size):
-            gold = [corpus.gold[i] for i in self.ids[chosen].tolist()]
+            these = [gold[i] for i in self.ids[chosen].tolist()]
             lengths = self.words[chosen]
             shapes = {
                 "left": Trees.left_branching(lengths),
                 "right": Trees.right_branching(lengths),
                 "random": Trees.random(lengths, samples),
             }
-            parts.append({name: SpanCounts.of(trees, gold) for name, trees in shapes.items()})
+            parts.append({name: SpanCounts.of(trees, these) for name, trees in shapes.items()})
         return replace(self, baselines=_cat(parts))
 
     def metrics(self, split: str) -> Metrics:

@@ -9,9 +9,9 @@ import torch
 
 from gfnem.errors import UserError
 from gfnem.posteriors.mcmc import MCMC
-from gfnem.tasks.grammar.moves import Rotations
+from gfnem.tasks.grammar.policies.moves import Rotations
 from tests.tasks.discrete_vae.tiny import make_model as make_vae
-from tests.tasks.grammar import annotated_oracle, oracle
+from tests.tasks.grammar import oracle, parents_oracle
 from tests.tasks.grammar.tiny import (
     LATENTS,
     FixedModel,
@@ -76,14 +76,14 @@ def test_chains_have_the_exact_posterior(latent):
 
 
 def test_rules_that_see_the_parent_are_no_obstacle():
-    grammar, x = annotated_oracle.random_grammar(3, 3), sentences([4, 3])
+    grammar, x = parents_oracle.random_grammar(3, 3), sentences([4, 3])
     model = FixedModel(grammar, "labelled")
     samples = 6_000
     torch.manual_seed(0)
     z = MCMC(Rotations(), samples, steps=5, burn_in=20).m_step_latents(model, x).z
     for row in range(len(x)):
         words = words_of(x, row)
-        p = oracle.posterior(annotated_oracle.enumerate_labelled(grammar, words))
+        p = oracle.posterior(parents_oracle.enumerate_labelled(grammar, words))
         assert p_value(count_trees(z, row), p) > 1e-3
 
 

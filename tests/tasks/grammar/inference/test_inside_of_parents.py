@@ -11,8 +11,8 @@ from gfnem.errors import UserError
 from gfnem.tasks.grammar.inference import inside
 from gfnem.tasks.grammar.rules.dense import DenseGrammar
 from gfnem.tasks.grammar.trees.tree import Trees
-from tests.tasks.grammar import annotated_oracle, oracle
-from tests.tasks.grammar.annotated_oracle import random_low_rank_grammar
+from tests.tasks.grammar import oracle, parents_oracle
+from tests.tasks.grammar.parents_oracle import random_low_rank_grammar
 from tests.tasks.grammar.tiny import count_trees, p_value
 
 LENGTHS = [4, 2, 6, 3, 5]
@@ -30,7 +30,7 @@ def without_context(grammar: DenseGrammar) -> DenseGrammar:
 
 def sparse_grammar(seed: int, dtype: torch.dtype = torch.float64) -> DenseGrammar:
     """A random grammar without half of its rules and without its last two words."""
-    grammar = annotated_oracle.random_grammar(2, 3, seed=seed, dtype=dtype)
+    grammar = parents_oracle.random_grammar(2, 3, seed=seed, dtype=dtype)
     kept = torch.rand(grammar.binary.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
     emission = grammar.emission.clone()
     emission[..., -2:] = -inf
@@ -39,7 +39,7 @@ def sparse_grammar(seed: int, dtype: torch.dtype = torch.float64) -> DenseGramma
 
 RULES: dict[str, Any] = {
     "context_free": oracle.random_grammar,
-    "dense": annotated_oracle.random_grammar,
+    "dense": parents_oracle.random_grammar,
     "low_rank": random_low_rank_grammar,
 }
 
@@ -70,11 +70,11 @@ def test_one_chart_tells_all_that_charts_of_their_own_do(rules):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_log_partition_is_that_of_enumeration(dtype):
     words, lengths = oracle.random_sentences(LENGTHS, seed=1)
-    grammar = annotated_oracle.random_grammar(seed=1, dtype=dtype, temperature=0.5)
+    grammar = parents_oracle.random_grammar(seed=1, dtype=dtype, temperature=0.5)
     value = inside.log_partition(grammar.potentials(words, lengths))
     assert value.dtype == dtype
     expected = [
-        annotated_oracle.log_partition(grammar, oracle.sentence(words, lengths, index))
+        parents_oracle.log_partition(grammar, oracle.sentence(words, lengths, index))
         for index in range(len(LENGTHS))
     ]
     tolerance = {torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
@@ -83,13 +83,13 @@ def test_log_partition_is_that_of_enumeration(dtype):
 
 def test_gradients_are_expected_counts():
     words, lengths = oracle.random_sentences([4, 2, 5, 3], seed=2)
-    grammar = annotated_oracle.random_grammar(2, 3, seed=2, temperature=0.5)
-    rules = annotated_oracle.with_gradients(grammar)
+    grammar = parents_oracle.random_grammar(2, 3, seed=2, temperature=0.5)
+    rules = parents_oracle.with_gradients(grammar)
     weights = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
     value = inside.log_partition(DenseGrammar(*rules).potentials(words, lengths))
     (weights * value).sum().backward()
     for index, weight in enumerate(weights):
-        counts = annotated_oracle.expected_counts(grammar, oracle.sentence(words, lengths, index))
+        counts = parents_oracle.expected_counts(grammar, oracle.sentence(words, lengths, index))
         for rule, count in zip(rules, counts, strict=True):
             assert rule.grad is not None
             rule.grad -= weight * count
@@ -101,19 +101,21 @@ def test_rules_that_ignore_the_parent_make_a_pcfg():
     words, lengths = oracle.random_sentences([12, 7, 2, 9], seed=3)
     grammar = oracle.random_grammar(4, 5, seed=3, temperature=0.5)
     potentials = grammar.potentials(words, lengths)
-    annotated = without_context(grammar).potentials(words, lengths)
-    torch.testing.assert_close(inside.log_partition(annotated), inside.log_partition(potentials))
-    torch.testing.assert_close(inside.span_marginals(annotated), inside.span_marginals(potentials))
+    with_parents = without_context(grammar).potentials(words, lengths)
+    torch.testing.assert_close(inside.log_partition(with_parents), inside.log_partition(potentials))
+    torch.testing.assert_close(
+        inside.span_marginals(with_parents), inside.span_marginals(potentials)
+    )
 
 
 def test_span_marginals_are_those_of_enumeration():
     words, lengths = oracle.random_sentences([5, 3], seed=4)
-    grammar = annotated_oracle.random_grammar(2, 3, seed=4, temperature=0.5)
+    grammar = parents_oracle.random_grammar(2, 3, seed=4, temperature=0.5)
     marginals = inside.span_marginals(grammar.potentials(words, lengths))
     expected = torch.zeros_like(marginals)
     for index in range(2):
         sentence = oracle.sentence(words, lengths, index)
-        shapes = oracle.posterior(annotated_oracle.enumerate_shapes(grammar, sentence))
+        shapes = oracle.posterior(parents_oracle.enumerate_shapes(grammar, sentence))
         for shape, probability in shapes.items():
             for i, j in shape:
                 expected[index, i, j] += probability
@@ -123,7 +125,7 @@ def test_span_marginals_are_those_of_enumeration():
 @pytest.mark.parametrize("labelled", [True, False])
 def test_samples_have_the_frequencies_of_the_posterior(labelled):
     words, lengths = oracle.random_sentences([4, 2, 5], seed=5)
-    grammar = annotated_oracle.random_grammar(2, 3, seed=5, temperature=0.5)
+    grammar = parents_oracle.random_grammar(2, 3, seed=5, temperature=0.5)
     generator = torch.Generator().manual_seed(0)
     potentials = grammar.potentials(words, lengths)
     trees = inside.sample(potentials, 10_000, generator, labelled)
@@ -131,7 +133,7 @@ def test_samples_have_the_frequencies_of_the_posterior(labelled):
     if trees.labels is not None:
         assert ((trees.labels >= 0) == trees.exists).all()
     enumerate_trees = (
-        annotated_oracle.enumerate_labelled if labelled else annotated_oracle.enumerate_shapes
+        parents_oracle.enumerate_labelled if labelled else parents_oracle.enumerate_shapes
     )
     for index in range(3):
         exact = oracle.posterior(enumerate_trees(grammar, oracle.sentence(words, lengths, index)))
@@ -140,7 +142,7 @@ def test_samples_have_the_frequencies_of_the_posterior(labelled):
 
 def test_samples_repeat_with_their_generator():
     words, lengths = oracle.random_sentences([8, 5], seed=6)
-    potentials = annotated_oracle.random_grammar(seed=6).potentials(words, lengths)
+    potentials = parents_oracle.random_grammar(seed=6).potentials(words, lengths)
     first, second, other = (
         inside.sample(potentials, 20, torch.Generator().manual_seed(seed)).labels
         for seed in (0, 0, 1)
@@ -154,9 +156,9 @@ def test_samples_repeat_with_their_generator():
 def test_words_and_rules_of_probability_zero(seed, dtype):
     words, lengths = torch.tensor([[0, 1, 2, 3], [1, 0, 7, 2]]), torch.tensor([4, 4])
     grammar = sparse_grammar(seed, dtype)
-    rules = annotated_oracle.with_gradients(grammar)
+    rules = parents_oracle.with_gradients(grammar)
     value = inside.log_partition(DenseGrammar(*rules).potentials(words, lengths))
-    expected = annotated_oracle.log_partition(grammar, words[0].tolist())
+    expected = parents_oracle.log_partition(grammar, words[0].tolist())
     assert value[0].item() == pytest.approx(expected, abs=1e-4)
     assert value[1].item() == -inf
     for gradient in torch.autograd.grad(value[1], rules, retain_graph=True):
@@ -168,13 +170,13 @@ def test_words_and_rules_of_probability_zero(seed, dtype):
 
 def test_long_sentences_stay_finite_in_single_precision():
     words, lengths = oracle.random_sentences([60, 45], vocabulary=20)
-    single = annotated_oracle.with_gradients(
-        annotated_oracle.random_grammar(3, 4, 20, dtype=torch.float32)
+    single = parents_oracle.with_gradients(
+        parents_oracle.random_grammar(3, 4, 20, dtype=torch.float32)
     )
     value = inside.log_partition(DenseGrammar(*single).potentials(words, lengths))
     value.sum().backward()
     assert all(rule.grad is not None and rule.grad.isfinite().all() for rule in single)
-    double = annotated_oracle.random_grammar(3, 4, 20)
+    double = parents_oracle.random_grammar(3, 4, 20)
     exact = inside.log_partition(double.potentials(words, lengths))
     assert (exact < -110).all()
     torch.testing.assert_close(value.detach().double(), exact, rtol=1e-5, atol=0)

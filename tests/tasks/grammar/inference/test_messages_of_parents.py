@@ -13,7 +13,7 @@ from gfnem.tasks.grammar.inference.labelled import (
 from gfnem.tasks.grammar.inference.messages import log_joint_shape, sample_labels
 from gfnem.tasks.grammar.rules.dense import DenseGrammar
 from gfnem.tasks.grammar.trees.tree import Trees
-from tests.tasks.grammar import annotated_oracle, oracle
+from tests.tasks.grammar import oracle, parents_oracle
 from tests.tasks.grammar.tiny import count_trees, every_shape, p_value
 
 LENGTHS = [4, 2, 6, 3, 5]
@@ -27,13 +27,13 @@ def random_labels(trees: Trees, nonterminals: int, seed: int = 0) -> Trees:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_log_joint_of_every_shape_is_that_of_enumeration(seed):
-    grammar = annotated_oracle.random_grammar(2, 3, seed=seed, temperature=(1.0, 0.3)[seed])
+    grammar = parents_oracle.random_grammar(2, 3, seed=seed, temperature=(1.0, 0.3)[seed])
     words, lengths = oracle.random_sentences(LENGTHS, seed=seed)
     trees = every_shape(lengths)
     value = log_joint_shape(grammar.potentials(words, lengths), trees)
     for index in range(len(LENGTHS)):
         sentence = oracle.sentence(words, lengths, index)
-        joint = annotated_oracle.enumerate_shapes(grammar, sentence)
+        joint = parents_oracle.enumerate_shapes(grammar, sentence)
         expected = [joint[trees.spans(index, sample)] for sample in range(trees.start.shape[1])]
         torch.testing.assert_close(value[index].tolist(), expected, rtol=0, atol=1e-10)
 
@@ -41,14 +41,14 @@ def test_log_joint_of_every_shape_is_that_of_enumeration(seed):
 @pytest.mark.parametrize("gathers", [False, True])
 @pytest.mark.parametrize("seed", [2, 3])
 def test_log_joint_of_labelled_trees_is_that_of_enumeration(seed, gathers):
-    grammar = annotated_oracle.random_grammar(seed=seed, temperature=0.5)
+    grammar = parents_oracle.random_grammar(seed=seed, temperature=0.5)
     words, lengths = oracle.random_sentences(LENGTHS, seed=seed)
     trees = random_labels(every_shape(lengths), 3)
     if gathers:
         value = log_joint_by_gathers(grammar, words, trees)
     else:
         value = log_joint_labelled(grammar.potentials(words, lengths), trees)
-    rules = annotated_oracle.Rules(grammar)
+    rules = parents_oracle.Rules(grammar)
     for index in range(len(LENGTHS)):
         sentence = oracle.sentence(words, lengths, index)
         expected = [
@@ -60,7 +60,7 @@ def test_log_joint_of_labelled_trees_is_that_of_enumeration(seed, gathers):
 
 @pytest.mark.parametrize("zeros", [False, True])
 def test_gathers_have_the_gradients_of_tables(zeros):
-    grammar = annotated_oracle.random_grammar(seed=5, temperature=0.5)
+    grammar = parents_oracle.random_grammar(seed=5, temperature=0.5)
     words, lengths = oracle.random_sentences(LENGTHS, seed=5)
     trees = random_labels(every_shape(lengths), 3)
     if zeros:
@@ -68,7 +68,7 @@ def test_gathers_have_the_gradients_of_tables(zeros):
         emission, binary = grammar.emission.clone(), grammar.binary.clone()
         emission[:, 0], binary[0, 1] = -inf, -inf
         grammar = DenseGrammar(grammar.root, binary, emission)
-    rules = annotated_oracle.with_gradients(grammar)
+    rules = parents_oracle.with_gradients(grammar)
     by_tables = log_joint_labelled(DenseGrammar(*rules).potentials(words, lengths), trees)
     by_gathers = log_joint_by_gathers(DenseGrammar(*rules), words, trees)
     torch.testing.assert_close(by_gathers, by_tables)
@@ -84,14 +84,14 @@ def test_gathers_have_the_gradients_of_tables(zeros):
 
 def test_gradients_of_shapes_are_expected_counts():
     """Weighted by the posterior, the gradients of all shapes are those of log p(x)."""
-    grammar = annotated_oracle.random_grammar(2, 3, seed=4, temperature=0.5)
+    grammar = parents_oracle.random_grammar(2, 3, seed=4, temperature=0.5)
     words, lengths = oracle.random_sentences([5], seed=4)
-    rules = annotated_oracle.with_gradients(grammar)
+    rules = parents_oracle.with_gradients(grammar)
     value = log_joint_shape(
         DenseGrammar(*rules).potentials(words, lengths), every_shape(lengths)
     ).squeeze(0)
     (value.detach().softmax(-1) * value).sum().backward()
-    counts = annotated_oracle.expected_counts(grammar, words[0].tolist())
+    counts = parents_oracle.expected_counts(grammar, words[0].tolist())
     for rule, count in zip(rules, counts, strict=True):
         torch.testing.assert_close(rule.grad, count)
 
@@ -99,7 +99,7 @@ def test_gradients_of_shapes_are_expected_counts():
 def test_log_joint_passes_gradcheck_in_the_grammar():
     words, lengths = oracle.random_sentences([4, 2, 5], vocabulary=3, seed=5)
     trees = every_shape(lengths).select(torch.tensor([[0, 3, 7]] * 3))
-    rules = annotated_oracle.with_gradients(annotated_oracle.random_grammar(2, 2, 3, seed=5))
+    rules = parents_oracle.with_gradients(parents_oracle.random_grammar(2, 2, 3, seed=5))
     for z, log_joint in (
         (trees, log_joint_shape),
         (random_labels(trees, 2), log_joint_labelled),
@@ -122,7 +122,7 @@ def test_contexts_are_the_labels_of_the_parents():
 
 
 def test_sampled_labels_have_their_exact_probabilities():
-    grammar = annotated_oracle.random_grammar(seed=6, temperature=0.5)
+    grammar = parents_oracle.random_grammar(seed=6, temperature=0.5)
     words, lengths = oracle.random_sentences([4, 2, 5, 3], seed=6)
     potentials = grammar.potentials(words, lengths)
     for seed in range(3):
@@ -135,24 +135,24 @@ def test_sampled_labels_have_their_exact_probabilities():
         assert ((labelled.labels >= 0) == many.exists).all()
         for index in range(len(lengths)):
             sentence = oracle.sentence(words, lengths, index)
-            joint = annotated_oracle.enumerate_labelled(grammar, sentence)
+            joint = parents_oracle.enumerate_labelled(grammar, sentence)
             given = {z: p for z, p in joint.items() if oracle.shape_of(z) == one.spans(index)}
             assert p_value(count_trees(labelled, index), oracle.posterior(given)) > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_shapes_of_probability_zero(dtype):
-    grammar = annotated_oracle.random_grammar(2, 2, seed=7, dtype=dtype)
+    grammar = parents_oracle.random_grammar(2, 2, seed=7, dtype=dtype)
     # Under S no rule has two words; under nonterminals none has two nonterminals.
     binary = grammar.binary.clone()
     binary[2, :, 2:, 2:] = -inf
     binary[:2, :, :2, :2] = -inf
-    rules = annotated_oracle.with_gradients(DenseGrammar(grammar.root, binary, grammar.emission))
+    rules = parents_oracle.with_gradients(DenseGrammar(grammar.root, binary, grammar.emission))
     words, lengths = oracle.random_sentences([2, 5])
     trees = every_shape(lengths)
     value = log_joint_shape(DenseGrammar(*rules).potentials(words, lengths), trees)
     assert (value[0] == -inf).all()
-    joint = annotated_oracle.enumerate_shapes(
+    joint = parents_oracle.enumerate_shapes(
         DenseGrammar(grammar.root, binary, grammar.emission), words[1].tolist()
     )
     expected = [joint[trees.spans(1, sample)] for sample in range(14)]
@@ -166,7 +166,7 @@ def test_long_sentences_stay_finite_in_single_precision():
     words, lengths = oracle.random_sentences([60, 45], vocabulary=20)
     trees = Trees.random(lengths, 3, torch.Generator().manual_seed(0))
     single, double = (
-        annotated_oracle.with_gradients(annotated_oracle.random_grammar(4, 5, 20, dtype=dtype))
+        parents_oracle.with_gradients(parents_oracle.random_grammar(4, 5, 20, dtype=dtype))
         for dtype in (torch.float32, torch.float64)
     )
     value, exact = (
@@ -184,7 +184,7 @@ def test_long_sentences_stay_finite_in_single_precision():
 
 def test_labelled_scores_of_shapes_are_refused():
     words, lengths = oracle.random_sentences([3])
-    potentials = annotated_oracle.random_grammar().potentials(words, lengths)
+    potentials = parents_oracle.random_grammar().potentials(words, lengths)
     for function in (log_joint_labelled, lambda _, trees: labels_above(trees, 3)):
         with pytest.raises(ValueError, match="labelled trees are needed; these are shapes"):
             function(potentials, Trees.random(lengths))

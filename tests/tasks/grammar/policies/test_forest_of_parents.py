@@ -22,7 +22,7 @@ from gfnem.tasks.grammar.policies.root_flow import RootFlowPolicy
 from gfnem.tasks.grammar.rules.dense import DenseGrammar
 from gfnem.tasks.grammar.text.corpus import Sentences
 from gfnem.tasks.grammar.trees.tree import Trees
-from tests.tasks.grammar import annotated_oracle, oracle
+from tests.tasks.grammar import oracle, parents_oracle
 from tests.tasks.grammar.tiny import (
     LATENTS,
     POLICIES,
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 LENGTHS = [4, 2, 5, 3]
 NONTERMINALS = 3
-GRAMMAR = annotated_oracle.random_grammar(NONTERMINALS, 3, temperature=0.7)
+GRAMMAR = parents_oracle.random_grammar(NONTERMINALS, 3, temperature=0.7)
 
 every_policy = pytest.mark.parametrize(
     "kind, latent", [(kind, latent) for kind in POLICIES for latent in LATENTS]
@@ -61,8 +61,8 @@ def setting(
 def joint(words: tuple[int, ...], latent: str) -> dict[Any, float]:
     """log p(x, z) of every z."""
     if latent == "shape":
-        return annotated_oracle.enumerate_shapes(GRAMMAR, words)
-    return annotated_oracle.enumerate_labelled(GRAMMAR, words)
+        return parents_oracle.enumerate_shapes(GRAMMAR, words)
+    return parents_oracle.enumerate_labelled(GRAMMAR, words)
 
 
 def under(context: int, label: int, grammar: DenseGrammar = GRAMMAR) -> DenseGrammar:
@@ -78,8 +78,8 @@ def span_score(words: tuple[int, ...], context: int, label: int, tree: Any) -> f
     """log p(words, tree below | label, context); a labelled tree has its top label, too."""
     grammar = under(context, label)
     if all(len(node) == 2 for node in tree):
-        return annotated_oracle.enumerate_shapes(grammar, words)[tree]
-    return oracle.log_or_inf(annotated_oracle.Rules(grammar).joint(words, tree))
+        return parents_oracle.enumerate_shapes(grammar, words)[tree]
+    return oracle.log_or_inf(parents_oracle.Rules(grammar).joint(words, tree))
 
 
 @every_policy
@@ -216,7 +216,7 @@ def partial_score(words: list[int], made: Any) -> float:
             continue
         # Words whose rule is open have their scales alone.
         scale = dict(enumerate(emission.amax((0, 1))[i:j].tolist()))
-        for context, _, ways in annotated_oracle.Rules(GRAMMAR).nodes(inner, tree):
+        for context, _, ways in parents_oracle.Rules(GRAMMAR).nodes(inner, tree):
             if context < NONTERMINALS:
                 total += log(sum(p for *_, p in ways))
                 scale = {word: value for word, value in scale.items() if word not in ways[0][2]}
@@ -266,14 +266,12 @@ def test_regrowing_leaves_the_posterior_invariant(kind, latent):
 @pytest.mark.parametrize("latent", LATENTS)
 def test_a_trained_root_flow_is_the_posterior_of_enumeration(latent):
     lengths, nonterminals = ([5, 4], 3) if latent == "shape" else ([4, 4], 2)
-    grammar = annotated_oracle.random_grammar(nonterminals, 3, seed=2, temperature=0.5)
+    grammar = parents_oracle.random_grammar(nonterminals, 3, seed=2, temperature=0.5)
     model, x = FixedModel(grammar, latent), sentences(lengths, seed=2)
     policy = make_policy("root_flow", latent, nonterminals=nonterminals, noise=0.1, width=16)
     posterior = GFlowNetPosterior(policy, samples=64)
     enumerate_trees = (
-        annotated_oracle.enumerate_shapes
-        if latent == "shape"
-        else annotated_oracle.enumerate_labelled
+        parents_oracle.enumerate_shapes if latent == "shape" else parents_oracle.enumerate_labelled
     )
     exact = [
         oracle.posterior(enumerate_trees(grammar, words_of(x, row))) for row in range(len(lengths))

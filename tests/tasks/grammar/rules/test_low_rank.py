@@ -15,8 +15,8 @@ from gfnem.tasks.grammar.rules.contexts import Contexts
 from gfnem.tasks.grammar.rules.dense import DensePotentials
 from gfnem.tasks.grammar.rules.low_rank import LowRankGrammar, LowRankPotentials
 from gfnem.tasks.grammar.trees.tree import Trees
-from tests.tasks.grammar import annotated_oracle, oracle
-from tests.tasks.grammar.annotated_oracle import as_dense, random_low_rank_grammar
+from tests.tasks.grammar import oracle, parents_oracle
+from tests.tasks.grammar.parents_oracle import as_dense, random_low_rank_grammar
 from tests.tasks.grammar.tiny import count_trees, every_shape, p_value
 
 LENGTHS = [4, 2, 6, 3, 5]
@@ -100,7 +100,7 @@ def test_log_joint_of_every_shape_is_that_of_enumeration():
     value = messages.log_joint_shape(grammar.potentials(words, lengths), trees)
     for index in range(len(LENGTHS)):
         sentence = oracle.sentence(words, lengths, index)
-        joint = annotated_oracle.enumerate_shapes(as_dense(grammar), sentence)
+        joint = parents_oracle.enumerate_shapes(as_dense(grammar), sentence)
         expected = [joint[trees.spans(index, sample)] for sample in range(trees.start.shape[1])]
         torch.testing.assert_close(value[index].tolist(), expected, rtol=0, atol=1e-10)
 
@@ -130,7 +130,7 @@ def test_log_partition_is_that_of_enumeration():
     grammar = random_low_rank_grammar(2, 3, seed=4)
     value = inside.log_partition(grammar.potentials(words, lengths))
     expected = [
-        annotated_oracle.log_partition(as_dense(grammar), oracle.sentence(words, lengths, index))
+        parents_oracle.log_partition(as_dense(grammar), oracle.sentence(words, lengths, index))
         for index in range(len(LENGTHS))
     ]
     torch.testing.assert_close(value.tolist(), expected, rtol=1e-12, atol=0)
@@ -200,7 +200,7 @@ def test_samples_have_the_frequencies_of_the_posterior(labelled):
     if trees.labels is not None:
         assert ((trees.labels >= 0) == trees.exists).all()
     enumerate_trees = (
-        annotated_oracle.enumerate_labelled if labelled else annotated_oracle.enumerate_shapes
+        parents_oracle.enumerate_labelled if labelled else parents_oracle.enumerate_shapes
     )
     for index in range(3):
         sentence = oracle.sentence(words, lengths, index)
@@ -221,7 +221,7 @@ def test_sampled_labels_have_their_exact_probabilities():
         assert ((labelled.labels >= 0) == many.exists).all()
         for index in range(len(lengths)):
             sentence = oracle.sentence(words, lengths, index)
-            joint = annotated_oracle.enumerate_labelled(as_dense(grammar), sentence)
+            joint = parents_oracle.enumerate_labelled(as_dense(grammar), sentence)
             given = {z: p for z, p in joint.items() if oracle.shape_of(z) == one.spans(index)}
             assert p_value(count_trees(labelled, index), oracle.posterior(given)) > 1e-3
 
@@ -240,7 +240,7 @@ def test_words_and_rules_of_probability_zero(single):
     potentials = LowRankGrammar(*tables).potentials(words, lengths)
     joint = messages.log_joint_shape(potentials, every_shape(lengths))
     value = inside.log_partition(potentials)
-    expected = annotated_oracle.log_partition(as_dense(grammar), words[0].tolist())
+    expected = parents_oracle.log_partition(as_dense(grammar), words[0].tolist())
     assert value[0].item() == pytest.approx(expected, abs=1e-4)
     assert joint[0].logsumexp(-1).item() == pytest.approx(expected, abs=1e-4)
     for one in (value, joint.sum(-1)):
