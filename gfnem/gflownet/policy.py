@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gfnem.categorical import drawable
 from gfnem.errors import UserError
-from gfnem.gflownet.objectives import ScoredTrajectories
+from gfnem.gflownet.trajectories import ScoredTrajectories
 from gfnem.latents import LatentTable
 from gfnem.model import LatentVariableModel
 

@@ -10,7 +10,6 @@ from gfn.env import DiscreteEnv
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gfnem.gflownet.objectives import ScoredTrajectories
 from gfnem.gflownet.policy import (
     ON_POLICY,
     Behaviour,
@@ -18,6 +17,7 @@ from gfnem.gflownet.policy import (
     Paths,
     trajectories_of_choices,
 )
+from gfnem.gflownet.trajectories import ScoredTrajectories
 
 
 class SequencePolicy(NumberedPolicy):

@@ -10,10 +10,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gfnem.errors import UserError
-from gfnem.gflownet.objectives import Objective, ScoredTrajectories, WeightedSum, vargrad
+from gfnem.gflownet.objectives import Objective, WeightedSum, vargrad
 from gfnem.gflownet.policy import ON_POLICY, Behaviour, NumberedPolicy, Paths, Policy
 from gfnem.gflownet.refinement import BackAndForth, Refinement
 from gfnem.gflownet.replay import Replay
+from gfnem.gflownet.trajectories import ScoredTrajectories
 from gfnem.latents import EStep, Latents, LatentTable
 from gfnem.model import LatentVariableModel
 from gfnem.posterior import Posterior, check_m_step

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from gfnem.categorical import sample_categorical
 from gfnem.errors import UserError
-from gfnem.gflownet.objectives import ScoredTrajectories
 from gfnem.gflownet.policy import (
     ON_POLICY,
     Behaviour,
@@ -35,6 +34,7 @@ from gfnem.gflownet.policy import (
     Paths,
     trajectories_of_choices,
 )
+from gfnem.gflownet.trajectories import ScoredTrajectories
 from gfnem.model import LatentVariableModel
 from gfnem.tasks.grammar.inference.labelled import labels_above, root_score, rule_scores
 from gfnem.tasks.grammar.model import GrammarModel, check_latent

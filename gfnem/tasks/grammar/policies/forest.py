@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from gfnem.categorical import sample_categorical
 from gfnem.errors import UserError
 from gfnem.gflownet.estimator import PolicyEstimator
-from gfnem.gflownet.objectives import ScoredTrajectories
 from gfnem.gflownet.policy import ON_POLICY, Behaviour, NumberedPolicy, Paths
+from gfnem.gflownet.trajectories import ScoredTrajectories
 from gfnem.latents import LatentTable
 from gfnem.model import LatentVariableModel
 from gfnem.tasks.grammar.model import GrammarModel
