@@ -67,22 +67,22 @@ class Chart:
         batch, length = potentials.log_scale.shape
         scales = SpanTable.zeros(potentials.log_scale, length, batch)
         messages = potentials.best_spans() if best else potentials.spans()
-        chart, least = Chart(potentials, messages, scales, {}, {}), potentials.root.new_ones(())
-        start = torch.arange(length, device=scales.by_start.device)[:, None]
+        chart, least = Chart(potentials, messages, scales, {}, {}), []
         for width in range(2, length + 1):
             chart.weights[width], largest = scales.split_weights(width)
             raw = messages.combine(width, chart.weights[width])
             by_context = raw.amax(-1)
             peak = by_context.amax(-1)
-            inside = start[: length - width + 1] + width <= potentials.lengths
-            least = torch.minimum(least, torch.where(inside, by_context.amin(-1), 1.0).amin())
+            least.append(by_context.amin(-1) if by_context.shape[-1] > 1 else peak)
             scale = largest + peak.log()
             if span_scores is not None:
                 scale = scale + span_scores.diagonal(width, 1, 2).t()
             chart.peaks[width] = torch.where(peak > 0, peak, 1.0)
             messages.put(width, raw / chart.peaks[width][..., None, None])
             scales.put(width, scale)
-        return chart, least
+        ends = [end for width in range(2, length + 1) for end in range(width, length + 1)]
+        inside = torch.tensor(ends, device=potentials.lengths.device)[:, None] <= potentials.lengths
+        return chart, torch.where(inside, torch.cat(least), 1.0).amin()
 
     @property
     def lengths(self) -> Int[Tensor, "batch"]:

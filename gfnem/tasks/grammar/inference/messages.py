@@ -89,7 +89,7 @@ def _upward(potentials: Potentials, levels: Levels, known: NodeMessages | None =
     # A word's place is -1, the last: its scale is 0.
     log_scale = message.new_zeros(len(levels.row) + 1)
     kept: dict[int, Kept] = {}
-    least = message.new_ones(())
+    by_context = message.new_ones(message.shape[:2])
     if known is not None:
         message[: levels.known], log_scale[: levels.known] = known
     for kind, first, behind in levels.slices:
@@ -105,13 +105,14 @@ def _upward(potentials: Potentials, levels: Levels, known: NodeMessages | None =
         else:
             word, child = levels.end[nodes] - 1, message[left]
             raw, kept[first] = potentials.word_on_right(sentence, word, child)
-        by_context = raw.amax(2)
-        largest = by_context.amax(1)
-        least = torch.minimum(least, by_context.amin())
+        by_context[nodes] = of_nodes = raw.amax(2)
+        largest = of_nodes.amax(1)
         factor[nodes] = positive(largest)
         message[nodes] = raw / factor[nodes, None, None]
         log_scale[nodes] = log_scale[left] + log_scale[right] + largest.log()
-    return _Upward(potentials, NodeMessages(message, log_scale[:-1]), factor, kept, least)
+    return _Upward(
+        potentials, NodeMessages(message, log_scale[:-1]), factor, kept, by_context.amin()
+    )
 
 
 class _LogJointShape(torch.autograd.Function):

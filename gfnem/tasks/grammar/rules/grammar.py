@@ -69,13 +69,11 @@ class Grammar(ABC):
     def spread(self) -> Float[Tensor, ""]:
         """How far apart log-probabilities of binary rules are that compete, at most.
 
-        Those of -inf are left out.
+        Infinitely far where a rule is impossible.
         """
-        widest = self.root.new_zeros(())
-        for table in self.choices():
-            least = torch.where(table.isfinite(), table, torch.inf).amin(-1)
-            widest = torch.maximum(widest, (table.amax(-1) - least).nan_to_num(0.0).amax())
-        return widest
+        ranges = (torch.aminmax(table, dim=-1) for table in self.choices())
+        widest = [(highest - lowest).amax() for lowest, highest in ranges]
+        return torch.stack(widest).amax().nan_to_num(nan=torch.inf)
 
     def choices(self) -> tuple[Float[Tensor, "*any outcomes"], ...]:
         """Log-probabilities of what binary rules choose from."""
