@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from gfnem.tasks.grammar.inference import inside
+from gfnem.tasks.grammar.inference.labelled import log_joint_labelled
 from gfnem.tasks.grammar.inference.messages import log_joint_shape, sample_labels
 from gfnem.tasks.grammar.rules.dense import DenseGrammar
 from gfnem.tasks.grammar.rules.grammar import Grammar, Potentials
@@ -19,6 +21,14 @@ LABELS, PRETERMINALS, RANK, WORDS = 4, 6, 5, 12
 SYMBOLS = LABELS + PRETERMINALS
 LENGTHS = torch.tensor([9, 6, 3])
 SHAPES = Trees.random(LENGTHS, 5, torch.Generator().manual_seed(1))
+LABELLED = replace(
+    SHAPES,
+    labels=torch.where(
+        SHAPES.exists,
+        torch.randint(0, LABELS, (3, 5, 8), generator=torch.Generator().manual_seed(2)),
+        -1,
+    ),
+)
 SAID = torch.randint(0, WORDS, (3, 9), generator=torch.Generator().manual_seed(0))
 
 
@@ -55,8 +65,12 @@ def values(
 @pytest.mark.parametrize("seen", ["nothing", "parents"])
 @pytest.mark.parametrize(
     "value",
-    [inside.log_partition, lambda potentials: log_joint_shape(potentials, SHAPES)],
-    ids=["likelihood", "shapes"],
+    [
+        inside.log_partition,
+        lambda potentials: log_joint_shape(potentials, SHAPES),
+        lambda potentials: log_joint_labelled(potentials, LABELLED),
+    ],
+    ids=["likelihood", "shapes", "labelled"],
 )
 def test_values_and_gradients(value, seen, rules, deviation):
     for seed in range(5):

@@ -46,7 +46,10 @@ def log_joint_labelled(potentials: Potentials, trees: Trees) -> Float[Tensor, "b
 
 def root_score(potentials: Potentials, trees: Trees) -> Float[Tensor, "batch samples"]:
     """log p(S -> A) of each tree's topmost label."""
-    return log(potentials.root[trees.top_labels()])
+    top = trees.top_labels()
+    if potentials.grammar is None:
+        return log(potentials.root[top])
+    return potentials.grammar.root[top]
 
 
 def rule_scores(potentials: Potentials, trees: Trees) -> Float[Tensor, "batch samples nodes"]:
@@ -54,13 +57,14 @@ def rule_scores(potentials: Potentials, trees: Trees) -> Float[Tensor, "batch sa
 
     Raises ValueError when the trees have no labels.
     """
-    contexts = potentials.contexts
+    contexts, dtype = potentials.contexts, potentials.root.dtype
+    potentials = potentials.of_rules()
     context = contexts.under(labels_above(trees, contexts.labels))
     assert trees.labels is not None
     exists = trees.exists
     sentence = torch.arange(len(exists), device=exists.device)[:, None, None].expand_as(exists)
     at = (sentence, trees.start, trees.end, trees.labels, context, *trees.child_labels())
-    values = log(potentials.rule_probabilities(*(index[exists] for index in at)))
+    values = log(potentials.rule_probabilities(*(index[exists] for index in at))).to(dtype)
     return values.new_zeros(exists.shape).masked_scatter(exists, values)
 
 

@@ -190,6 +190,11 @@ class Potentials(ABC):
         grammar = None if self.grammar is None else self.grammar.map(Tensor.detach)
         return replace(detached, grammar=grammar)
 
+    def of_rules(self) -> Potentials:
+        """The same in double precision, where single does not hold the rules one by one."""
+        one = torch.ones_like(self.spread)
+        return self.in_double(one, one) or self
+
     def in_double(
         self, least: Float[Tensor, ""], total: Float[Tensor, "trees"]
     ) -> Potentials | None:
