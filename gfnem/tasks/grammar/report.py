@@ -8,9 +8,10 @@ from gfnem.model import LatentVariableModel
 from gfnem.posterior import Posterior
 from gfnem.run import Run
 from gfnem.run.plots import bar_table, learning_curves
-from gfnem.tasks.grammar.decode import bracketed, parse
+from gfnem.tasks.grammar.decode import parse
 from gfnem.tasks.grammar.scores import SentenceScores
 from gfnem.tasks.grammar.text.corpus import Corpus
+from gfnem.tasks.grammar.text.walk import bracketed
 from gfnem.tasks.grammar.trees.drawing import draw_trees
 from gfnem.training.parts import Metrics
 

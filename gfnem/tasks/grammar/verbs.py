@@ -11,10 +11,11 @@ from gfnem.categorical import check_draws
 from gfnem.em import EM
 from gfnem.errors import UserError
 from gfnem.tasks.grammar import ensemble
-from gfnem.tasks.grammar.decode import Decode, bracketed
+from gfnem.tasks.grammar.decode import Decode
 from gfnem.tasks.grammar.decode import parse as parse_batch
 from gfnem.tasks.grammar.ensemble import BATCH, data_of, encode
 from gfnem.tasks.grammar.text.corpus import GrammarData, check_least
+from gfnem.tasks.grammar.text.walk import bracketed
 
 if TYPE_CHECKING:
     from nltk import Tree

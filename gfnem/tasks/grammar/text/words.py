@@ -1,9 +1,9 @@
 """How a word is written before it is looked up in a vocabulary.
 
-Words are lower-cased in any case. Text that no treebank has prepared can be brought nearer to the
-Penn Treebank's way of writing: clitics are words of their own (`do n't`, `he 'll`, `man 's`,
-`can not`), and so are currency signs and `%` beside numbers. Numbers, of which no two texts have
-the same, can become one word.
+Words are lower-cased and punctuation is removed unless asked otherwise. Text that no treebank has
+prepared can be brought nearer to the Penn Treebank's way of writing: clitics are words of their own
+(`do n't`, `he 'll`, `man 's`, `can not`), and so are currency signs and `%` beside numbers.
+Numbers, of which no two texts have the same, can become one word.
 
     >>> forms = WordForms(merge_numbers=True, split_clitics=True)
     >>> forms.words("They don't pay $3.50")
@@ -16,12 +16,22 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal, get_args
+
+from gfnem.errors import UserError
+
+Punctuation = Literal["keep", "remove"]
 
 NUMBER = "<num>"
 
-BRACKETS = frozenset({"-LRB-", "-RRB-", "-LSB-", "-RSB-", "-LCB-", "-RCB-"})
+# Brackets as treebanks write them, such as -LRB- for the left round one; *LRB* in TIGER.
+BRACKETS = {
+    f"{edge}{name}{edge}": mark
+    for edge in "-*"
+    for name, mark in zip(("LRB", "RRB", "LSB", "RSB", "LCB", "RCB"), "()[]{}", strict=True)
+}
 # Marks that are read out: "%" and "&" are words in the Penn Treebank too.
-SPOKEN = frozenset("%&#@")
+SPOKEN = frozenset("%&#@％＆＃＠‰")
 
 # Digits with marks between them: 1,000.5, 3/4 (3\/4 in treebanks), 1960-61, 10:30, $.50, 5%.
 _NUMBER = re.compile(r"[-+]?[$£€#]?[-+]?(?=[^\d]*\d)[\d.,:/\\-]+%?")
@@ -38,31 +48,55 @@ class WordForms:
 
     merge_numbers: every number is `<num>`.
     split_clitics: clitics of raw text are words of their own, and `$` and `%` beside numbers.
+    lowercase: words differ by more than capitals.
+    punctuation: whether marks are words.
+
+    Raises UserError for another `punctuation`.
     """
 
     merge_numbers: bool = False
     split_clitics: bool = False
+    lowercase: bool = True
+    punctuation: Punctuation = "remove"
+
+    def __post_init__(self) -> None:
+        if self.punctuation not in get_args(Punctuation):
+            raise UserError(f"punctuation is {self.punctuation!r}; use 'keep' or 'remove'")
 
     def form(self, word: str) -> str:
         """Give the form that stands in the vocabulary; a form is its own form."""
         if self.merge_numbers and _NUMBER.fullmatch(word):
             return NUMBER
-        return word.lower()
+        word = BRACKETS.get(word.upper(), word)
+        return word.lower() if self.lowercase else word
+
+    def removes(self, word: str) -> bool:
+        """Whether a word without a tag is left out as punctuation."""
+        return self.punctuation == "remove" and is_punctuation(word)
 
     def words(self, line: str) -> list[str]:
-        """Split a line of raw text at its spaces; what is punctuation and no more is removed.
+        """Give the words of a line of raw text; see `read`."""
+        return self.read(line)[0]
+
+    def read(self, line: str) -> tuple[list[str], list[str]]:
+        """Split a line of raw text at its spaces, into words and what is removed as punctuation.
 
         Without tags, what is a word is told by its characters, so that a plural's possessive "'"
         is lost here and kept in trees.
         """
-        words = []
+        words: list[str] = []
+        removed: list[str] = []
         for token in line.split():
-            if is_punctuation(token):
-                continue
-            # A plural's possessive cannot be told from a closing quotation mark.
-            token = token.rstrip("'’") if self.split_clitics else token
-            words += [self.form(word) for word in self.split(token) if not is_punctuation(word)]
-        return words
+            parts = [token]
+            if self.split_clitics and not is_punctuation(token):
+                # A plural's possessive cannot be told from a closing quotation mark.
+                parts = self.split(token.rstrip("'’"))
+            for part in parts:
+                if self.removes(part):
+                    removed.append(part)
+                else:
+                    words.append(self.form(part))
+        return words, removed
 
     def split(self, token: str) -> list[str]:
         """Split a token of raw text as the Penn Treebank does; only with `split_clitics`."""
@@ -90,6 +124,6 @@ def unescaped(word: str) -> str:
 def is_punctuation(word: str) -> bool:
     """Tell whether a word is made of punctuation marks, or is a bracket in treebanks' spelling."""
     return word.upper() in BRACKETS or all(
-        mark == "`" or (unicodedata.category(mark)[0] == "P" and mark not in SPOKEN)
+        mark in "`´" or (unicodedata.category(mark)[0] == "P" and mark not in SPOKEN)
         for mark in word
     )
