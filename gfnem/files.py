@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import os
 import re
+import sys
 import zipfile
 from collections import Counter
 from collections.abc import Iterable
@@ -56,6 +57,21 @@ def decoded(content: bytes, name: str) -> str:
         raise UserError(f"{name}, line {line}: not UTF-8 text; convert the file") from None
     # Files put behind one another have marks in the middle.
     return re.sub("\r\n?", "\n", text.replace(BYTE_ORDER_MARK, ""))
+
+
+def read_input(file: str | None) -> str:
+    """The text of a file, or of standard input where `file` is None or `-`; may be empty.
+
+    Raises UserError for what cannot be read or is not UTF-8.
+    """
+    if file is None or file == "-":
+        if sys.stdin is None or sys.stdin.closed:
+            raise UserError("standard input is closed: name a file with file=FILE")
+        return decoded(sys.stdin.buffer.read(), "standard input")
+    try:
+        return decoded(user_path(file).read_bytes(), f"file={file}")
+    except OSError as error:
+        raise UserError(f"file={file} cannot be read: {error.strerror}") from None
 
 
 def find_files(folder: Path, endings: Iterable[str]) -> tuple[list[Path], str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +23,9 @@ from gfnem.errors import UserError
 from gfnem.files import user_path
 from gfnem.tasks.grammar.text.corpus import DataOptions, GrammarData, check_least
 from gfnem.tasks.grammar.text.nltk_data import find_corpus
-from gfnem.tasks.grammar.text.reading import Reading, read_sentences, read_trees, tree_files
+from gfnem.tasks.grammar.text.reading import NAMED, Reading, read_sentences, read_trees, tree_files
 from gfnem.tasks.grammar.text.toy_english import sample_trees
-from gfnem.tasks.grammar.text.words import Punctuation, WordForms
+from gfnem.tasks.grammar.text.words import Punctuation, WordForms, glued, is_punctuation
 
 TRAIN_SECTIONS, VALID_SECTIONS, TEST_SECTIONS = range(2, 22), (22,), (23,)
 # Where the sections are in the folder of the Penn Treebank, version 3 or 2, or of a part of it.
@@ -231,6 +232,7 @@ def text(
     lowercase: bool = True,
     merge_numbers: bool = False,
     split_clitics: bool = False,
+    tokenize: bool = False,
     **options: Unpack[DataOptions],
 ) -> GrammarData:
     """Raw sentences from text files, one a line, words between spaces, and trees to rate by.
@@ -246,11 +248,13 @@ def text(
     punctuation, lowercase: as for `bracketed`.
     merge_numbers: write every number as `<num>`.
     split_clitics: make clitics of raw text words of their own, as the Penn Treebank does: do n't.
+    tokenize: split raw text by NLTK's word tokeniser, for text as people write it: `again?`. Each
+        line is one sentence. It splits clitics, too.
     options: `DataOptions`, as for `GrammarData`.
 
     Raises UserError for what cannot be read: it names the file and the line.
     """
-    forms = WordForms(merge_numbers, split_clitics, lowercase, punctuation)
+    forms = WordForms(merge_numbers, split_clitics, lowercase, punctuation, tokenize)
     given = {"train": train, "valid": valid, "test": test}
     files = {
         split: _read_files(paths, forms, keep_currency)
@@ -262,10 +266,34 @@ def text(
         split: _joined([r.as_text(forms) if raw or merge_numbers else r for r in readings])
         for split, readings in files.items()
     }
+    if not tokenize:
+        note = _glued([r for readings in files.values() for r in readings if r.trees is None])
+        joined["train"] = replace(joined["train"], notes=(*joined["train"].notes, *note))
     splits = _cut(
         joined["train"], joined.get("valid"), joined.get("test"), valid_fraction, test_fraction
     )
     return GrammarData("text", *splits, forms=forms, **options)
+
+
+def _glued(readings: Sequence[Reading]) -> list[str]:
+    """What to say of raw text in which more marks are glued to words than stand alone."""
+    found = Counter(
+        word for reading in readings for words in reading.sentences for word in glued(words)
+    )
+    alone = sum(gone.total() for reading in readings for gone in reading.dropped)
+    alone += sum(
+        is_punctuation(word)
+        for reading in readings
+        for words in reading.sentences
+        for word in words
+    )
+    if found.total() <= alone:
+        return []
+    such = " ".join(word for word, _ in found.most_common(NAMED))
+    return [
+        f"warning: marks look glued to {found.total():,} words, such as {such}: tokenize=true "
+        f"splits them off"
+    ]
 
 
 def _cut(

@@ -16,9 +16,13 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import cache
+from typing import TYPE_CHECKING, Literal, get_args
 
 from gfnem.errors import UserError
+
+if TYPE_CHECKING:
+    from nltk.tokenize import NLTKWordTokenizer
 
 Punctuation = Literal["keep", "remove"]
 
@@ -36,6 +40,8 @@ SPOKEN = frozenset("%&#@％＆＃＠‰")
 # Digits with marks between them: 1,000.5, 3/4 (3\/4 in treebanks), 1960-61, 10:30, $.50, 5%.
 _NUMBER = re.compile(r"[-+]?[$£€#]?[-+]?(?=[^\d]*\d)[\d.,:/\\-]+%?")
 _BESIDE_NUMBER = re.compile(r"([$£€#]?)([-+]?[\d.,:/-]*\d[\d.,:/-]*)(%?)")
+_GLUED = re.compile(r"\w[,;:!?…)\]}\"”»]+$|^[(\[{\"“«¿¡]+\w")
+_GLUED_STOP = re.compile(r"[^\W\d]{2,}\.+")
 _CLITIC = re.compile(r"(.+?)(n't|'(?:s|m|d|re|ve|ll))", re.IGNORECASE)
 _CONTRACTION = re.compile(
     r"(can)(not)|(gon|wan)(na)|(got)(ta)|(gim|lem)(me)|('t)(is|was)", re.IGNORECASE
@@ -50,6 +56,8 @@ class WordForms:
     split_clitics: clitics of raw text are words of their own, and `$` and `%` beside numbers.
     lowercase: words differ by more than capitals.
     punctuation: whether marks are words.
+    tokenize: raw text is as people write it, marks behind words without a space; NLTK's tokeniser
+        splits it, clitics too. Otherwise words stand between spaces.
 
     Raises UserError for another `punctuation`.
     """
@@ -58,6 +66,7 @@ class WordForms:
     split_clitics: bool = False
     lowercase: bool = True
     punctuation: Punctuation = "remove"
+    tokenize: bool = False
 
     def __post_init__(self) -> None:
         if self.punctuation not in get_args(Punctuation):
@@ -79,14 +88,14 @@ class WordForms:
         return self.read(line)[0]
 
     def read(self, line: str) -> tuple[list[str], list[str]]:
-        """Split a line of raw text at its spaces, into words and what is removed as punctuation.
+        """Split a line of raw text into words and what is removed as punctuation.
 
         Without tags, what is a word is told by its characters, so that a plural's possessive "'"
         is lost here and kept in trees.
         """
         words: list[str] = []
         removed: list[str] = []
-        for token in line.split():
+        for token in self.tokens(line):
             parts = [token]
             if self.split_clitics and not is_punctuation(token):
                 # A plural's possessive cannot be told from a closing quotation mark.
@@ -98,12 +107,34 @@ class WordForms:
                     words.append(self.form(part))
         return words, removed
 
+    def tokens(self, line: str) -> list[str]:
+        """Split a line of raw text into words and marks as they are written."""
+        return _tokenizer().tokenize(line) if self.tokenize else line.split()
+
     def split(self, token: str) -> list[str]:
         """Split a token of raw text as the Penn Treebank does; only with `split_clitics`."""
         return list(_split(token.replace("’", "'"))) if self.split_clitics else [token]
 
 
 PLAIN = WordForms()
+
+
+@cache
+def _tokenizer() -> NLTKWordTokenizer:
+    from nltk.tokenize import NLTKWordTokenizer
+
+    return NLTKWordTokenizer()
+
+
+def glued(words: list[str]) -> list[str]:
+    """The words of a raw sentence that look as if marks were glued to them: `again?`, `"so`.
+
+    A full stop may belong to a word, but for the last one.
+    """
+    found = [word for word in words if _GLUED.search(word)]
+    if words and _GLUED_STOP.fullmatch(words[-1]):
+        found.append(words[-1])
+    return found
 
 
 def _split(token: str) -> Iterator[str]:

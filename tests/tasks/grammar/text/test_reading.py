@@ -284,3 +284,70 @@ def test_right_branching_trees_of_chinese(cases: Path):
     assert trees is not None
     assert {gold_spans(tree) & {(1, 4), (2, 4)} == {(2, 4)} for tree in trees} == {True}
     assert {len(gold_spans(tree)) for tree in trees} == {3}
+
+
+# Raw text.
+
+
+def write(folder: Path, content: str) -> str:
+    file = folder / "raw.txt"
+    file.write_text(content, encoding="utf-8")
+    return str(file)
+
+
+def test_lines_end_at_newlines_alone(tmp_path: Path):
+    file = write(tmp_path, "\ufeffthe dog\x0cbarks\x85\nat\u2028the\u2029\x1ccat\n")
+    data = text(train=file, valid=file, test=file)
+    assert data.train.sentences == [["the", "dog", "barks"], ["at", "the", "cat"]]
+
+
+def test_raw_text_as_people_write_it(tmp_path: Path):
+    file = write(tmp_path, 'She wrote a letter.\n"Don\'t you see?", he said (twice)!\n')
+    plain = text(train=file, valid=file, test=file, min_count=1)
+    assert plain.describe().endswith(
+        'warning: marks look glued to 12 words, such as letter. "don\'t see?",: tokenize=true '
+        "splits them off"  # three splits of four words
+    )
+    data = text(train=file, valid=file, test=file, min_count=1, tokenize=True)
+    assert data.train.sentences == [
+        ["she", "wrote", "a", "letter"],
+        ["do", "n't", "you", "see", "he", "said", "twice"],
+    ]
+    assert "glued" not in data.describe()
+    kept = text(train=file, valid=file, test=file, tokenize=True, punctuation="keep")
+    assert kept.train.sentences[0] == ["she", "wrote", "a", "letter", "."]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "Mr. Smith of the U.S. paid 5 % , at 10:30 .\nIt 's Corp. , of dogs' .\n",
+        "no marks at all\n",
+        "hi! there , now .\n",  # one of three
+    ],
+)
+def test_text_that_is_split_already(tmp_path: Path, content: str):
+    file = write(tmp_path, content)
+    for punctuation in ("keep", "remove"):
+        data = text(train=file, valid=file, test=file, punctuation=punctuation)
+        assert "glued" not in data.describe()
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("ctb_corpus_raw.txt", ["上海", "学校0", "开放", "课程0"]),
+        ("text_u2028.txt", ["the", "dog", "number0", "barks", "at", "the", "cat"]),
+        ("parse_bom.txt", ["the", "old", "king", "saw", "a", "cat"]),
+    ],
+)
+def test_text_of_people(cases: Path, name: str, sentence: list[str]):
+    file = str(cases / name)
+    data = text(train=file, valid=file, test=file)
+    assert data.train.sentences[0] == sentence
+    assert len(data.train) == (cases / name).read_bytes().count(b"\n")
+
+
+def test_text_of_people_that_is_not_utf_8(cases: Path):
+    with pytest.raises(UserError, match="parse_latin1.txt, line 1: not UTF-8 text; convert"):
+        text(train=str(cases / "parse_latin1.txt"))
