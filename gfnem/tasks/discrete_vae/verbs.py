@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from gfnem.em import EM
 from gfnem.errors import UserError
-from gfnem.tasks.discrete_vae.data import ImageData
 from gfnem.tasks.discrete_vae.evaluate import prior_samples, reconstructions
+from gfnem.tasks.discrete_vae.images import ImageData
 from gfnem.tasks.discrete_vae.model import DiscreteVAE
 
 if TYPE_CHECKING:
