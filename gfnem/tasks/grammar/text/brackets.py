@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from nltk import Tree
 
 NO_LABEL = "X"
+# Characters behind a tree in which it must show whether it was cut off by an escaped bracket.
+LOOK_AHEAD = 10_000
 
 _SOMETHING = re.compile(r"\S")
 _BRACKET = re.compile(r"\\?[()]")
@@ -108,6 +110,8 @@ def _end(text: str, start: int) -> tuple[int, bool] | None:
                 return first, False
         elif as_they_stand < 0:
             as_they_stand = -math.inf
+        elif first and found.end() - first > LOOK_AHEAD:
+            return first, False
     return (first, False) if first and as_they_stand == 0 else None
 
 

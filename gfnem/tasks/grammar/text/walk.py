@@ -38,6 +38,18 @@ def nodes_of(tree: Tree) -> Iterator[Tree]:
         left += [child for child in node if not isinstance(child, str)]
 
 
+def depth_of(tree: Tree) -> int:
+    """How many nodes are above the deepest word, or lie on the way to the deepest empty node."""
+    depth = deepest = 0
+    for met in events(tree):
+        if met is None:
+            depth -= 1
+        elif not isinstance(met, str):
+            depth += 1
+            deepest = max(deepest, depth)
+    return deepest
+
+
 def words_of(tree: Tree) -> list[str]:
     """The words of a tree from left to right."""
     return [met for met in events(tree) if isinstance(met, str)]

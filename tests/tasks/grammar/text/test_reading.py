@@ -13,7 +13,7 @@ from gfnem.tasks.grammar.text.brackets import split_trees
 from gfnem.tasks.grammar.text.reading import Reading, read_trees
 from gfnem.tasks.grammar.text.sources import bracketed, text
 from gfnem.tasks.grammar.text.walk import bracketed as on_one_line
-from gfnem.tasks.grammar.text.walk import gold_spans
+from gfnem.tasks.grammar.text.walk import depth_of, gold_spans
 from gfnem.tasks.grammar.text.words import WordForms
 
 KEPT = WordForms(punctuation="keep")
@@ -197,6 +197,23 @@ def test_deep_trees(tmp_path: Path, depth: int):
     assert gold_spans(reading.mirrored().trees[0]) == {(0, i + 2) for i in range(depth)}  # pyright: ignore
     assert gold_spans(reading.as_text(KEPT).trees[1]) == {(0, 2)}  # pyright: ignore
     assert lines_of(reading)[1].count("(X") == depth
+    assert [depth_of(tree) for tree in reading.trees] == [depth + 1, depth + 1]
+
+
+def test_many_trees_on_one_line_close_as_they_stand(tmp_path: Path):
+    reading = read(tmp_path, "(S (A x\\) (B b)) " * 1_000)
+    assert reading.sentences == [["x\\", "b"]] * 1_000
+
+
+def test_hidden_files_with_trees_are_passed_over(tmp_path: Path):
+    for name in ("a.mrg", "._a.mrg", ".ipynb_checkpoints/a.mrg", "a.doc"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("(S (A a) (B b))")
+    folder = str(tmp_path)
+    for source in (bracketed, text):
+        data = source(train=folder, valid=folder, test=folder)
+        assert len(data.train) == 1
+        assert data.describe().endswith(f"; not read in {folder}: 1 .doc")
 
 
 # What is said of it.
