@@ -49,7 +49,7 @@ def size_and_kind(file: Path) -> tuple[int, int, Pixels]:
         # Only what the file says of itself is read, not the pixels.
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         width, height = image.size[::-1] if turned else image.size
-        return height, width, KINDS.get(image.mode, "rgb")
+        return height, width, "grey" if _has_grey_palette(image) else KINDS.get(image.mode, "rgb")
 
 
 def read_image(
@@ -96,6 +96,13 @@ def _is_deep(image: Image.Image) -> bool:
         or any(";16" in str(argument) for argument in arguments)
         or any(isinstance(value, int) and value > 255 for value in highest)
     )
+
+
+def _has_grey_palette(image: Image.Image) -> bool:
+    if image.mode != "P":
+        return False
+    colours = np.array(image.getpalette()).reshape(-1, 3)
+    return bool((colours == colours[:, :1]).all())
 
 
 def _opaque(image: Image.Image) -> Image.Image:

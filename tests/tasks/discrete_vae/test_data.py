@@ -392,6 +392,17 @@ def test_size_and_kind_of_the_source_are_kept(
     assert asked.sizes() == {"channels": 3, "height": 12, "width": 10, "pixels": "rgb"}
 
 
+def test_a_palette_of_greys_is_grey(tmp_path: Path):
+    noise = np.random.default_rng(0).integers(0, 256, (10, 9, 7), dtype=np.uint8)
+    for number, drawn in enumerate(noise):
+        Image.fromarray(drawn).save(tmp_path / f"{number}.gif")
+    assert {Image.open(file).mode for file in tmp_path.iterdir()} == {"P"}
+    data = image_folder(str(tmp_path))
+    assert data.pixels == "grey"
+    found = {image.tobytes() for image in levels(data.train)[:, 0].astype(np.uint8)}
+    assert found < {drawn.tobytes() for drawn in noise}
+
+
 def test_images_of_several_sizes_are_resized_where_a_size_is_given(tmp_path: Path):
     folder = write_images(tmp_path)
     Image.new("RGB", (5, 4)).save(tmp_path / "wide.png")
