@@ -49,7 +49,7 @@ from gfnem.posteriors.gflownet import GFlowNetPosterior
 from gfnem.precision import Precision, cpu_has_bfloat16
 from gfnem.schedule import Alternation
 from gfnem.tasks.discrete_vae.causal import PriorName
-from gfnem.tasks.discrete_vae.data import Images
+from gfnem.tasks.discrete_vae.images import Images
 from gfnem.tasks.discrete_vae.importance import log_weights
 from gfnem.tasks.discrete_vae.model import DiscreteVAE
 from gfnem.tasks.discrete_vae.policy import GridPolicy

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from gfnem.tasks.grammar.text import sources as data
+from gfnem.tasks.grammar.text.words import WordForms
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -52,19 +53,28 @@ def real_data(root: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def cases(root: Path) -> Path:
+    """The folder with small inputs as people have them; the test is skipped where there is none."""
+    folder = data_folder(root).parent / "cases"
+    if not folder.is_dir():
+        pytest.skip(f"no inputs in {folder}: they lie beside the folder that GFNEM_DATA names")
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
 def real_trees_are_parsed_once(root: Path) -> Iterator[None]:
     """Treebanks take seconds each time."""
     folder = str(data_folder(root))
-    parsed: dict[tuple[str, bool], Any] = {}
+    parsed: dict[tuple[str, WordForms, bool], Any] = {}
     read_trees = data.read_trees
 
-    def once(file: Any, keep_currency: bool = True) -> Any:
+    def once(file: Any, forms: WordForms, keep_currency: bool) -> Any:
         if not str(file).startswith(folder):
-            return read_trees(file, keep_currency)
-        key = str(file), keep_currency
+            return read_trees(file, forms, keep_currency)
+        key = str(file), forms, keep_currency
         if key not in parsed:
-            parsed[key] = read_trees(file, keep_currency)
+            parsed[key] = read_trees(file, forms, keep_currency)
         return parsed[key]
 
     with pytest.MonkeyPatch.context() as patch:

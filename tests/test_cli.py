@@ -395,7 +395,7 @@ class TestParse:
         capsys: pytest.CaptureFixture[str],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(sys, "stdin", io.StringIO("anna saw boris\n"))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"anna saw boris\n")))
         capsys.readouterr()
         assert main(["parse", f"run={trained}", "decode=viterbi"]) == 0
         tree = Tree.fromstring(capsys.readouterr().out)
@@ -883,7 +883,7 @@ def test_full_disk(
 
 def test_text_that_is_not_utf8(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("latin.txt").write_bytes("früh spät".encode("latin-1"))
-    assert "latin.txt is not UTF-8" in failing(
+    assert "latin.txt, line 1: not UTF-8 text" in failing(
         ["parse", f"run={trained}", "file=latin.txt"], capsys
     )
 

@@ -1,4 +1,4 @@
-"""Images to encode: a training, a validation and a test set of one size.
+"""Where images to encode come from: a training, a validation and a test set of one size.
 
 Four sources make an `ImageData`: `digits` (scikit-learn's, needs no files), `mnist` and
 `fashion_mnist` (their IDX files, or OpenML) and `image_folder` (image files of your own).
@@ -8,121 +8,19 @@ Four sources make an `ImageData`: `digits` (scikit-learn's, needs no files), `mn
 
 from __future__ import annotations
 
-import gzip
-import os
-import random
-import struct
-import warnings
-import zlib
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from http.client import HTTPException
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
-from PIL import Image, ImageOps
+from jaxtyping import UInt8
 from torch import Tensor
 
 from gfnem.errors import UserError
-from gfnem.splits import named_split
-
-Pixels = Literal["binary", "grey", "rgb"]
-
-IDX_FILES = ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte")
-IMAGE_FILES = frozenset(
-    {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-)
-
-
-@dataclass(frozen=True)
-class Images:
-    """A batch of images.
-
-    pixels: 0 or 1 for binary images, one of 0/255, ..., 255/255 for grey and RGB ones.
-    ids: where the images are in their split; -1 for images that are in none.
-    """
-
-    pixels: Float[Tensor, "batch channels height width"]
-    ids: Int[Tensor, "batch"]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def to(self, device: torch.device | str) -> Images:
-        return Images(self.pixels.to(device), self.ids.to(device))
-
-    def select(self, index: Int[Tensor, "chosen"] | slice) -> Images:
-        """Some of the images, in the order of `index`."""
-        return Images(self.pixels[index], self.ids[index])
-
-
-class Batches(Sequence[Images]):
-    """Batches of images, each put together when it is asked for.
-
-    order: of the images, by their places in `images`.
-    batch_size: of all batches but the last, which may be smaller.
-    """
-
-    def __init__(self, images: Images, order: Int[Tensor, "images"], batch_size: int):
-        self._images = images
-        self._chosen = order.split(batch_size)
-
-    def __len__(self) -> int:
-        return len(self._chosen)
-
-    def __getitem__(self, number: int) -> Images:
-        return self._images.select(self._chosen[number])
-
-
-class ImageData:
-    """Training, validation and test images, all of one size.
-
-    pixels: what the values are; see `Images`.
-    batch_size: of the training batches.
-    seed: of the order of the training images.
-    name: of the source.
-    """
-
-    def __init__(
-        self,
-        train: Images,
-        valid: Images,
-        test: Images,
-        pixels: Pixels,
-        batch_size: int = 128,
-        seed: int = 0,
-        name: str = "images",
-    ):
-        self.train, self.valid, self.test = train, valid, test
-        self.pixels: Pixels = pixels
-        self.batch_size = batch_size
-        self.seed = seed
-        self.name = name
-
-    def split(self, name: str) -> Images:
-        """Give a part by its name; raises UserError for a name that there is not."""
-        return named_split({"train": self.train, "valid": self.valid, "test": self.test}, name)
-
-    def train_batches(self, epoch: int) -> Batches:
-        """All training images once, in an order that depends on `seed` and epoch alone."""
-        order = _shuffled(len(self.train), f"{self.seed} {epoch}")
-        return Batches(self.train, order, self.batch_size)
-
-    def sizes(self) -> dict[str, Any]:
-        """What models of this data need to know of it."""
-        _, channels, height, width = self.train.pixels.shape
-        return {"channels": channels, "height": height, "width": width, "pixels": self.pixels}
-
-    def describe(self) -> str:
-        """What was read, in one line."""
-        height, width = self.train.pixels.shape[2:]
-        return (
-            f"{self.name}: {len(self.train):,} training, {len(self.valid):,} validation, "
-            f"{len(self.test):,} test images, {height} x {width}, {self.pixels}"
-        )
+from gfnem.files import user_path
+from gfnem.tasks.discrete_vae.idx import find_images
+from gfnem.tasks.discrete_vae.images import ImageData, Images, Pixels, shuffled
+from gfnem.tasks.discrete_vae.pictures import image_files, read_image, size_and_kind
 
 
 def digits(
@@ -207,9 +105,9 @@ def fashion_mnist(
 
 def image_folder(
     dir: str,
-    height: int = 32,
-    width: int = 32,
-    pixels: Pixels = "rgb",
+    height: int | None = None,
+    width: int | None = None,
+    pixels: Pixels | None = None,
     valid_fraction: float = 0.1,
     test_fraction: float = 0.1,
     batch_size: int = 128,
@@ -217,112 +115,84 @@ def image_folder(
 ) -> ImageData:
     """The image files in a folder, at any depth, split at random.
 
-    dir: folder with files that end in .bmp, .gif, .jpeg, .jpg, .pgm, .png, .ppm, .tif, .tiff or
-        .webp.
-    height, width: that images are resized to, whatever their proportions. Smaller ones are made
-        by averaging over the area of each new pixel (Pillow's BOX).
-    pixels: "rgb", "grey" (both k/255) or "binary" (1 above half of the full intensity).
-        Transparency is dropped.
+    Images of one content are in one split.
+
+    dir: folder with files that end in .bmp, .gif, .jfif, .jpeg, .jpg, .pbm, .pgm, .png, .ppm, .tga,
+        .tif, .tiff or .webp. Hidden files and folders are passed over.
+    height, width: that images are resized to, whatever their proportions; None for the size that
+        they all have. Smaller ones are made by averaging over the area of each new pixel (Pillow's
+        BOX).
+    pixels: "rgb", "grey" (both k/255) or "binary" (1 above half of the full intensity); None for
+        what all the images are, "rgb" if there is colour in some. What is transparent shows white.
     valid_fraction, test_fraction: shares of the images; the others are for training.
     batch_size: of the training batches.
     seed: of the split and of the order of the training images.
 
-    Raises UserError for a folder without images or with too few, for a file that cannot be read
-    and for an option out of its range.
+    Raises UserError for a folder without images or with too few, for images of several sizes that
+    no size is given for, for a file that cannot be read and for an option out of its range.
     """
-    _check_options(pixels, ("rgb", "grey", "binary"), batch_size)
-    _check_least("height", height, 1)
-    _check_least("width", width, 1)
+    _check_options(pixels, ("rgb", "grey", "binary", None), batch_size)
+    for name, value in (("height", height), ("width", width)):
+        if value is not None:
+            _check_least(name, value, 1)
+    if (height is None) != (width is None):
+        raise UserError(
+            f"data.height is {height} and data.width is {width}: give both, or none of them to "
+            f"keep the images' size"
+        )
     if not (valid_fraction > 0 and test_fraction > 0 and valid_fraction + test_fraction < 1):
         raise UserError(
             f"data.valid_fraction is {valid_fraction} and data.test_fraction is {test_fraction}; "
             f"both must be above 0 and their sum below 1"
         )
-    files = image_files(Path(dir))
-    valid_images, test_images = (round(f * len(files)) for f in (valid_fraction, test_fraction))
-    if min(valid_images, test_images, len(files) - valid_images - test_images) < 1:
-        raise UserError(
-            f"{dir} has too few images for three splits, {len(files)}: add images or change "
-            f"data.valid_fraction={valid_fraction} and data.test_fraction={test_fraction}"
-        )
+    files, others = image_files(user_path(dir))
+    found = [size_and_kind(file) for file in files]
+    if height is None or width is None:
+        height, width = _one_size(dir, [(height, width) for height, width, _ in found])
+    if pixels is None:
+        pixels = _kind([kind for *_, kind in found])
     images = torch.stack([read_image(file, height, width, pixels == "rgb") for file in files])
-    train, valid, test = (
-        _images(images[chosen], pixels)
-        for chosen in _cut(len(files), valid_images, test_images, seed)
+    copies = _copies(images > 127 if pixels == "binary" else images)
+    valid_images, test_images = (round(f * len(copies)) for f in (valid_fraction, test_fraction))
+    if min(valid_images, test_images, len(copies) - valid_images - test_images) < 1:
+        raise UserError(
+            f"{dir} has too few different images for three splits, {len(copies)}: add images or "
+            f"change data.valid_fraction={valid_fraction} and data.test_fraction={test_fraction}"
+        )
+    chosen = (
+        [number for content in contents.tolist() for number in copies[content]]
+        for contents in _cut(len(copies), valid_images, test_images, seed)
     )
-    return ImageData(train, valid, test, pixels, batch_size, seed, "image_folder")
+    train, valid, test = (_images(images[numbers], pixels) for numbers in chosen)
+    more = len(files) - len(copies)
+    notes = [f"{more:,} images are copies of others, and in their split"] if more else []
+    notes += [others] if others else []
+    return ImageData(train, valid, test, pixels, batch_size, seed, "image_folder", notes)
 
 
-def read_idx(file: Path) -> UInt8[Tensor, "images height width"]:
-    """The images of an IDX file of bytes in three dimensions; packed by gzip if it ends in .gz.
+def _copies(images: Tensor) -> list[list[int]]:
+    """The images of each content, by their numbers."""
+    contents: dict[bytes, list[int]] = {}
+    for number, image in enumerate(images):
+        contents.setdefault(image.numpy().tobytes(), []).append(number)
+    return list(contents.values())
 
-    Raises UserError for a file that cannot be read, that is damaged or that holds something else.
-    """
-    content = _content(file)
-    if len(content) < 16:
-        raise UserError(f"{file} is truncated: it ends within its header; get it again")
-    if content[:3] != b"\0\0\x08":
+
+def _one_size(dir: str, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The size of all images of a folder."""
+    counted = Counter(sizes)
+    if len(counted) > 1:
+        such = ", ".join(f"{n:,} of {h} x {w}" for (h, w), n in counted.most_common(3))
         raise UserError(
-            f"{file} starts with {content[:4].hex()}, an IDX file of images with 00000803: give "
-            f"the file of images"
+            f"{dir} has images of {len(counted)} sizes ({such}{' ...' if len(counted) > 3 else ''})"
+            f": set data.height and data.width to resize them"
         )
-    if content[3] != 3:
-        raise UserError(
-            f"{file} has dimensions: {content[3]}, an IDX file of images has 3: give the file of "
-            f"images, not of labels"
-        )
-    images, height, width = struct.unpack(">3I", content[4:16])
-    there, wanted = len(content) - 16, images * height * width
-    if there != wanted:
-        raise UserError(
-            f"{file} is {'truncated' if there < wanted else 'too long'}: {there:,} bytes follow "
-            f"the header, which tells of {images:,} images of {height} x {width}; get it again"
-        )
-    if wanted == 0:
-        raise UserError(f"{file} holds no images: give another file")
-    pixels = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=16)
-    return pixels.view(images, height, width)
+    return sizes[0]
 
 
-def image_files(folder: Path) -> list[Path]:
-    """All image files below a folder, in the order of their paths.
-
-    Raises UserError for a folder that does not exist and for one without images.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder: set data.dir to a folder with images")
-    files = sorted(
-        file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_FILES and file.is_file()
-    )
-    if not files:
-        raise UserError(
-            f"{folder} has no images in it: their names must end in one of "
-            f"{', '.join(sorted(IMAGE_FILES))}"
-        )
-    return files
-
-
-def read_image(
-    file: Path, height: int, width: int, colour: bool
-) -> UInt8[Tensor, "channels height width"]:
-    """An image, upright, resized; three channels in colour, otherwise one.
-
-    Raises UserError for a file that cannot be read or has more than 8 bits in a channel.
-    """
-    try:
-        with Image.open(file) as opened:
-            # Pillow would cut their values off at 255.
-            if opened.mode[0] in "IF":
-                raise ValueError("it has more than 8 bits in a channel")
-            upright = ImageOps.exif_transpose(opened).convert("RGB" if colour else "L")
-            pixels = np.array(upright.resize((width, height), Image.Resampling.BOX))
-    # What a decoder raises on damaged data differs from format to format.
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{file} cannot be read as an image: {reason}; remove, replace or convert it"
-        ) from None
-    return torch.from_numpy(pixels).view(height, width, -1).permute(2, 0, 1)
+def _kind(kinds: Sequence[Pixels]) -> Pixels:
+    """What holds pixels of all these kinds."""
+    return next(kind for kind in ("rgb", "grey", "binary") if kind in kinds)
 
 
 def _mnist_like(
@@ -341,7 +211,7 @@ def _mnist_like(
     """
     _check_options(pixels, ("binary", "grey"), batch_size)
     _check_least("valid_images", valid_images, 1)
-    train, test = _find_images(name, openml_name, source, dir)
+    train, test = find_images(name, openml_name, source, dir)
     if train.shape[1:] != test.shape[1:]:
         sizes = [" x ".join(map(str, images.shape[1:])) for images in (train, test)]
         raise UserError(
@@ -358,72 +228,6 @@ def _mnist_like(
     return ImageData(train, valid, test, pixels, batch_size, seed, name)
 
 
-def _find_images(
-    name: str, openml_name: str, source: str, dir: str | None
-) -> tuple[UInt8[Tensor, "train height width"], UInt8[Tensor, "test height width"]]:
-    """Training and test images, from the first folder that has both or else from OpenML."""
-    folders: list[Path] = []
-    found: list[str] = []
-    if dir is not None:
-        folders = [Path(dir)]
-    elif root := os.environ.get("GFNEM_DATA"):
-        folders = [Path(root, name)]
-    else:
-        found.append(f"GFNEM_DATA, the folder to look for {' and '.join(IDX_FILES)} in, is not set")
-    for folder in folders:
-        files = [_packed_or_not(folder / file) for file in IDX_FILES]
-        missing = [file.stem for file in files if not file.is_file()]
-        if not missing:
-            train, test = map(read_idx, files)
-            return train, test
-        found.append(f"{folder} has no {' and no '.join(missing)}")
-    if dir is None:
-        try:
-            return _download(openml_name)
-        # Beside a lost connection, an answer that breaks off or is not what was asked for.
-        except (OSError, ValueError, EOFError, HTTPException) as error:
-            found.append(f"OpenML cannot be read ({' '.join(str(error).split())})")
-    raise UserError(
-        f"{'; '.join(found)}: download {' and '.join(f'{file}.gz' for file in IDX_FILES)} from "
-        f"{source} and set data.dir to their folder"
-    )
-
-
-def _packed_or_not(file: Path) -> Path:
-    """The file itself if it is there, otherwise its name with .gz."""
-    return file if file.is_file() else file.with_name(f"{file.name}.gz")
-
-
-def _download(
-    openml_name: str,
-) -> tuple[UInt8[Tensor, "train height width"], UInt8[Tensor, "test height width"]]:
-    from sklearn.datasets import fetch_openml
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of every further try
-        # The parser that fetch_openml prefers needs pandas.
-        rows, _ = fetch_openml(
-            openml_name,
-            version=1,
-            as_frame=False,
-            parser="liac-arff",
-            n_retries=1,
-            return_X_y=True,
-        )
-    images = torch.from_numpy(np.asarray(rows).astype(np.uint8)).view(-1, 28, 28)
-    return images[:60_000], images[60_000:]
-
-
-def _content(file: Path) -> bytes:
-    try:
-        content = file.read_bytes()
-        return gzip.decompress(content) if file.suffix == ".gz" else content
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{file} is damaged, get it again: {error}") from None
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from None
-
-
 def _images(
     levels: UInt8[Tensor, "images channels height width"], pixels: Pixels, full: int = 255
 ) -> Images:
@@ -437,21 +241,16 @@ def _images(
 
 def _cut(images: int, valid_images: int, test_images: int, seed: int) -> tuple[Tensor, ...]:
     """Which images are for training, validation and test, at random."""
-    return _shuffled(images, f"split {seed}").split(
+    return shuffled(images, f"split {seed}").split(
         [images - valid_images - test_images, valid_images, test_images]
     )
 
 
-def _shuffled(images: int, seed: str) -> Int[Tensor, "images"]:
-    # Text as a seed is hashed the same way in every process.
-    order = list(range(images))
-    random.Random(seed).shuffle(order)
-    return torch.tensor(order)
-
-
-def _check_options(pixels: str, allowed: Sequence[str], batch_size: int) -> None:
+def _check_options(pixels: str | None, allowed: Sequence[str | None], batch_size: int) -> None:
     if pixels not in allowed:
-        raise UserError(f"data.pixels is {pixels}; it must be one of {', '.join(allowed)}")
+        raise UserError(
+            f"data.pixels is {pixels}; it must be one of {', '.join(filter(None, allowed))}"
+        )
     _check_least("batch_size", batch_size, 1)
 
 

@@ -17,7 +17,7 @@ from gfnem.posterior import Posterior
 from gfnem.posteriors.exact import ExactPosterior
 from gfnem.run.progress import Progress
 from gfnem.tasks.discrete_vae.codes import Codes
-from gfnem.tasks.discrete_vae.data import ImageData, Images
+from gfnem.tasks.discrete_vae.images import ImageData, Images
 from gfnem.tasks.discrete_vae.importance import (
     choose_temperature,
     effective_samples,

@@ -40,7 +40,7 @@ def halvings(image: tuple[int, int], grid: tuple[int, int]) -> list[tuple[int, i
             raise UserError(
                 f"model.grid={list(grid)}: images of {image[0]} x {image[1]} are halved, rounding "
                 f"up; sizes that can be reached are {_reachable(image[0])} in height and "
-                f"{_reachable(image[1])} in width"
+                f"{_reachable(image[1])} in width; or resize the images"
             )
         ways.append(way)
     heights, widths = ways

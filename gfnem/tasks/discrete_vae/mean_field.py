@@ -12,7 +12,7 @@ from gfnem.errors import UserError
 from gfnem.gflownet.refinement import Refinement
 from gfnem.latents import EStep, Latents
 from gfnem.posterior import Posterior
-from gfnem.tasks.discrete_vae.data import Images
+from gfnem.tasks.discrete_vae.images import Images
 from gfnem.tasks.discrete_vae.model import DiscreteVAE
 from gfnem.tasks.discrete_vae.policy import GridPolicy
 

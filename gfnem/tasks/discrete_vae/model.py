@@ -14,7 +14,7 @@ from gfnem.model import PriorModel, TractableModel
 from gfnem.precision import Precision, check_precision, in_precision
 from gfnem.tasks.discrete_vae.causal import PriorName, prior_named
 from gfnem.tasks.discrete_vae.codes import Codes, distinct
-from gfnem.tasks.discrete_vae.data import Images, Pixels
+from gfnem.tasks.discrete_vae.images import Images, Pixels
 from gfnem.tasks.discrete_vae.layers import upwards
 from gfnem.tasks.discrete_vae.likelihood import Bernoulli, DiscretisedLogistic, Likelihood
 

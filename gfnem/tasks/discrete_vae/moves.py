@@ -10,7 +10,7 @@ from gfnem.categorical import sample_categorical
 from gfnem.model import LatentVariableModel
 from gfnem.posteriors.mcmc import Moves
 from gfnem.tasks.discrete_vae.codes import Codes
-from gfnem.tasks.discrete_vae.data import Images
+from gfnem.tasks.discrete_vae.images import Images
 from gfnem.tasks.discrete_vae.model import DiscreteVAE
 
 

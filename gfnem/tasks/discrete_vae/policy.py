@@ -20,8 +20,8 @@ from gfnem.gflownet.sequence import SequencePolicy
 from gfnem.precision import Precision, check_precision, training_precision
 from gfnem.tasks.discrete_vae.causal import CausalLinear
 from gfnem.tasks.discrete_vae.codes import Codes, distinct
-from gfnem.tasks.discrete_vae.data import Images
 from gfnem.tasks.discrete_vae.env import GridEnv
+from gfnem.tasks.discrete_vae.images import Images
 from gfnem.tasks.discrete_vae.layers import downwards
 from gfnem.tasks.discrete_vae.model import DiscreteVAE
 

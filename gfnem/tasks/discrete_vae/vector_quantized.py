@@ -14,7 +14,7 @@ from vector_quantize_pytorch import FSQ, VectorQuantize
 
 from gfnem.errors import UserError
 from gfnem.latents import EStep
-from gfnem.tasks.discrete_vae.data import Images
+from gfnem.tasks.discrete_vae.images import Images
 from gfnem.tasks.discrete_vae.mean_field import GridPosterior
 from gfnem.tasks.discrete_vae.model import DiscreteVAE
 from gfnem.tasks.discrete_vae.policy import GridPolicy

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from gfnem.em import EM
 from gfnem.errors import UserError
-from gfnem.tasks.discrete_vae.data import ImageData
+from gfnem.files import user_path
 from gfnem.tasks.discrete_vae.evaluate import prior_samples, reconstructions
+from gfnem.tasks.discrete_vae.images import ImageData
 from gfnem.tasks.discrete_vae.model import DiscreteVAE
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def _model(em: EM) -> DiscreteVAE:
 
 def _save(figure: Figure, file: str) -> None:
     try:
-        figure.savefig(file, dpi=150)
+        figure.savefig(user_path(file), dpi=150)
     except OSError as error:
         raise UserError(f"file={file} cannot be written: {error.strerror}") from None
     except ValueError:

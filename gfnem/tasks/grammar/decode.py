@@ -1,8 +1,7 @@
-"""Choosing a tree for each sentence, and trees as text."""
+"""Choosing a tree for each sentence."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -71,14 +70,6 @@ def parse(
         if trees.labels is None and isinstance(model, GrammarModel):
             trees = model.sample_labels(model.potentials(x), trees)
     return [trees.to_nltk(sentence, said) for sentence, said in enumerate(words)]
-
-
-def bracketed(tree: Tree) -> str:
-    """The tree on one line; round brackets in words become -LRB- and -RRB-."""
-    tree = tree.copy(deep=True)
-    for position in tree.treepositions("leaves"):
-        tree[position] = str(tree[position]).replace("(", "-LRB-").replace(")", "-RRB-")
-    return tree.pformat(margin=sys.maxsize)
 
 
 def minimum_bayes_risk(trees: Trees) -> Trees:

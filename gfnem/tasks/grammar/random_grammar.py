@@ -11,8 +11,8 @@ from torch.nn import functional
 from gfnem.errors import UserError
 from gfnem.tasks.grammar.model import GrammarModel, check_positive
 from gfnem.tasks.grammar.rules.dense import DenseGrammar
-from gfnem.tasks.grammar.text.brackets import Reading
 from gfnem.tasks.grammar.text.corpus import UNKNOWN, GrammarData, Vocabulary
+from gfnem.tasks.grammar.text.reading import Reading
 from gfnem.tasks.grammar.trees.prior import TreePrior
 
 # Rounds of as many draws as sentences are wanted.

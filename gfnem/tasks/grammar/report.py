@@ -8,8 +8,9 @@ from gfnem.model import LatentVariableModel
 from gfnem.posterior import Posterior
 from gfnem.run import Run
 from gfnem.run.plots import bar_table, learning_curves
-from gfnem.tasks.grammar.decode import bracketed, parse
+from gfnem.tasks.grammar.decode import parse
 from gfnem.tasks.grammar.text.corpus import Corpus
+from gfnem.tasks.grammar.text.walk import bracketed, depth_of
 from gfnem.tasks.grammar.trees.drawing import draw_trees
 from gfnem.tasks.grammar.trees.scores import SentenceScores
 from gfnem.training.parts import Metrics
@@ -37,6 +38,7 @@ DECODED = {
     "_grammar_mbr": "grammar without the prior, MBR",
     "_viterbi": "Viterbi",
 }
+DRAWN_LEVELS = 100  # of a gold tree, at most
 BASELINES = {"left": "left-branching", "right": "right-branching", "random": "random"}
 
 
@@ -58,12 +60,13 @@ def add_parses(
     mbr = parse(model, posterior, x, words, "mbr", samples)
     sample = parse(model, posterior, x, words, "sample")
     gold = [corpus.gold_trees[i] if corpus.gold_trees else None for i in chosen]
+    drawable = [tree if tree is None or depth_of(tree) <= DRAWN_LEVELS else None for tree in gold]
     run.add_figure(
         "trees",
         draw_trees(
             [
                 (f"test sentence {i}", predicted, right)
-                for i, predicted, right in zip(chosen, mbr, gold, strict=True)
+                for i, predicted, right in zip(chosen, mbr, drawable, strict=True)
             ]
         ),
     )

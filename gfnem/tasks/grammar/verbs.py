@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from gfnem.categorical import check_draws
 from gfnem.em import EM
 from gfnem.errors import UserError
+from gfnem.files import read_input
 from gfnem.tasks.grammar import ensemble
-from gfnem.tasks.grammar.decode import Decode, bracketed
+from gfnem.tasks.grammar.decode import Decode
 from gfnem.tasks.grammar.decode import parse as parse_batch
 from gfnem.tasks.grammar.ensemble import BATCH, data_of, encode
 from gfnem.tasks.grammar.text.corpus import GrammarData, check_least
+from gfnem.tasks.grammar.text.walk import bracketed
+from gfnem.tasks.grammar.text.words import WordForms
 
 if TYPE_CHECKING:
     from nltk import Tree
@@ -29,10 +31,11 @@ def parse(
     and a note on standard error. Unknown words are parsed, with a note.
 
     Args:
-        file: the sentences, one a line, words between spaces; standard input when None.
+        file: the sentences, one a line, words between spaces, or as people write them where the
+            model was trained with `tokenize`; standard input when None or "-".
         decode: mbr, the minimum-Bayes-risk tree of the posterior's draws; marginals, that of exact
             span marginals where there are any; sample, one draw of the posterior; viterbi, the best
-            tree of a context-free grammar.
+            tree of the grammar.
         samples: draws for each sentence.
 
     Raises:
@@ -45,7 +48,7 @@ def parse(
         x = encode(sentences, data)
         return parse_batch(em.model, em.posterior, x, sentences, decode, samples)
 
-    yield from _parsed(file, lambda words: _note(words, data), trees_of)
+    yield from _parsed(file, data.forms, lambda words: _note(words, data), trees_of)
 
 
 def parse_ensemble(
@@ -70,7 +73,11 @@ def parse_ensemble(
     def trees_of(sentences: list[list[str]]) -> list[Tree]:
         return ensemble.parse(runs.values(), sentences, samples)
 
-    yield from _parsed(file, lambda words: _notes(words, runs), trees_of)
+    forms = {data_of(em).forms.tokenize: data_of(em).forms for em in runs.values()}
+    if len(forms) > 1:
+        raise UserError("some of the runs were trained with tokenize=true: parse with others alone")
+    (shared,) = forms.values()
+    yield from _parsed(file, shared, lambda words: _notes(words, runs), trees_of)
 
 
 def generate(em: EM, n: int = 16) -> Iterator[str]:
@@ -105,11 +112,13 @@ def generate(em: EM, n: int = 16) -> Iterator[str]:
 
 def _parsed(
     file: str | None,
+    forms: WordForms,
     note: Callable[[list[str]], tuple[str, bool]],
     trees_of: Callable[[list[list[str]]], list[Tree]],
 ) -> Iterator[str]:
     """Bracketed trees of a file's sentences; an empty line for those that `note` says have none."""
-    sentences = [line.split() for line in _lines(file)]
+    lines = read_input(file).split("\n")
+    sentences = [_words(line, forms) for line in (lines if lines[-1] else lines[:-1])]
     for first in range(0, len(sentences), BATCH):
         some = sentences[first : first + BATCH]
         notes = [note(words) for words in some]
@@ -122,16 +131,12 @@ def _parsed(
             yield bracketed(next(trees)) if fits else ""
 
 
-def _lines(file: str | None) -> Iterable[str]:
-    try:
-        if file is None:
-            return list(sys.stdin)
-        with Path(file).open(encoding="utf-8") as opened:
-            return list(opened)
-    except OSError as error:
-        raise UserError(f"file={file} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"file={file} is not UTF-8 text: convert it") from None
+def _words(line: str, forms: WordForms) -> list[str]:
+    """The words of a line as they are written."""
+    tokens = forms.tokens(line)
+    if not forms.tokenize:
+        return tokens
+    return [token for token in tokens if not forms.removes(token)]
 
 
 def _note(words: list[str], data: GrammarData) -> tuple[str, bool]:

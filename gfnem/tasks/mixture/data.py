@@ -21,8 +21,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gfnem.errors import UserError
+from gfnem.files import decoded, user_path
 from gfnem.splits import named_split
 from gfnem.tasks.mixture.components import DEVIATION, petal_offsets
+
+# Of a coordinate: sums of squares of many must fit into single precision.
+LARGEST = 1e15
 
 
 @dataclass(frozen=True)
@@ -215,7 +219,7 @@ def points(
             f"both must be above 0 and their sum below 1"
         )
     _check_batch_size(batch_size)
-    values = read_points(Path(file))
+    values = read_points(user_path(file))
     held_out = [round(share * len(values)) for share in (valid_fraction, test_fraction)]
     sizes = [len(values) - sum(held_out), *held_out]
     if min(sizes) < 1:
@@ -254,7 +258,13 @@ def read_points(file: Path) -> Float[Tensor, "points dimensions"]:
             f"{file} has a number in point {1 + int(finite.argmin())} that is not finite: remove "
             f"the point"
         )
-    return torch.from_numpy(values)
+    fitting = (np.abs(values) <= LARGEST).all(1)
+    if not fitting.all():
+        raise UserError(
+            f"{file} has a number in point {1 + int(fitting.argmin())} that is beyond {LARGEST:g}, "
+            f"too large to square in single precision: divide all points by one number"
+        )
+    return torch.from_numpy(values.astype(np.float32))
 
 
 def _read_csv(file: Path) -> np.ndarray:
@@ -265,15 +275,12 @@ def _read_csv(file: Path) -> np.ndarray:
                 f"{file}, line {number} has {len(row)} numbers, the lines before have "
                 f"{len(rows[0][1])}: give as many in every line"
             )
-    return np.array([row for _, row in rows], dtype=np.float32)
+    return np.array([row for _, row in rows])
 
 
 def _rows(file: Path) -> Iterator[tuple[int, list[float]]]:
     """The lines of a CSV file that are not blank, each after its number."""
-    try:
-        lines = file.read_text().splitlines()
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is no text: give numbers between commas, a point a line") from None
+    lines = decoded(file.read_bytes(), str(file)).split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -292,7 +299,7 @@ def _rows(file: Path) -> Iterator[tuple[int, list[float]]]:
 def _read_npy(file: Path) -> np.ndarray:
     try:
         values = np.load(file, allow_pickle=False)
-        return np.asarray(values).astype(np.float32, casting="same_kind")
+        return np.asarray(values).astype(np.float64, casting="same_kind")
     except (ValueError, EOFError):
         raise UserError(f"{file} is damaged or no NPY file: write it with numpy.save") from None
     except TypeError:

@@ -12,8 +12,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from gfnem.errors import UserError
-from gfnem.tasks.grammar.text.brackets import Span
 from gfnem.tasks.grammar.text.corpus import Corpus, GrammarData
+from gfnem.tasks.grammar.text.walk import Span
 from gfnem.tasks.grammar.trees.tree import Trees
 
 Binarization = Literal["right", "left"]

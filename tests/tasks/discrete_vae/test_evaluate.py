@@ -16,12 +16,12 @@ from gfnem.posteriors.importance import ImportancePosterior
 from gfnem.posteriors.mcmc import MCMC
 from gfnem.run import Run
 from gfnem.tasks.discrete_vae.codes import Codes
-from gfnem.tasks.discrete_vae.data import ImageData, Images
 from gfnem.tasks.discrete_vae.evaluate import (
     DiscreteVAEEvaluator,
     most_likely,
     posterior_samples,
 )
+from gfnem.tasks.discrete_vae.images import ImageData, Images
 from gfnem.tasks.discrete_vae.moves import CodeGibbs
 from gfnem.tasks.discrete_vae.vector_quantized import VectorQuantized
 from tests.tasks.discrete_vae.tiny import (

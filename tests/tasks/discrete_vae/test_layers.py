@@ -80,7 +80,8 @@ def test_no_blocks_and_more_blocks():
 def test_grids_that_halving_does_not_lead_to(grid):
     message = (
         f"model.grid={list(grid)}: images of 28 x 20 are halved, rounding up; sizes that can be "
-        "reached are 28, 14, 7, 4, 2, 1 in height and 20, 10, 5, 3, 2, 1 in width"
+        "reached are 28, 14, 7, 4, 2, 1 in height and 20, 10, 5, 3, 2, 1 in width; or resize the "
+        "images"
     )
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         halvings((28, 20), grid)

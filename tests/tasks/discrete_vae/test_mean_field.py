@@ -11,7 +11,7 @@ from torch.nn import functional
 from gfnem.errors import UserError
 from gfnem.gflownet.refinement import Thinning
 from gfnem.tasks.discrete_vae.codes import Codes
-from gfnem.tasks.discrete_vae.data import Images
+from gfnem.tasks.discrete_vae.images import Images
 from gfnem.tasks.discrete_vae.mean_field import MeanField
 from gfnem.tasks.discrete_vae.model import DiscreteVAE
 from tests.tasks.discrete_vae.tiny import (

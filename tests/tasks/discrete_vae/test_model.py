@@ -12,7 +12,7 @@ from torch import Tensor
 from gfnem.errors import UserError
 from gfnem.tasks.discrete_vae import model as module
 from gfnem.tasks.discrete_vae.codes import Codes
-from gfnem.tasks.discrete_vae.data import Images
+from gfnem.tasks.discrete_vae.images import Images
 from gfnem.tasks.discrete_vae.model import DiscreteVAE
 from tests.tasks.discrete_vae.tiny import (
     CODES,

@@ -27,7 +27,7 @@ from gfnem.gflownet.refinement import BackAndForth
 from gfnem.latents import Latents
 from gfnem.posteriors.gflownet import GFlowNetPosterior
 from gfnem.tasks.discrete_vae.codes import Codes
-from gfnem.tasks.discrete_vae.data import Images
+from gfnem.tasks.discrete_vae.images import Images
 from gfnem.tasks.discrete_vae.model import DiscreteVAE
 from gfnem.tasks.discrete_vae.policy import GridCondition, GridPolicy
 from tests.tasks.discrete_vae.tiny import (

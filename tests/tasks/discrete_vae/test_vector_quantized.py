@@ -10,7 +10,7 @@ import torch
 
 from gfnem.errors import UserError
 from gfnem.tasks.discrete_vae.codes import Codes
-from gfnem.tasks.discrete_vae.data import Images
+from gfnem.tasks.discrete_vae.images import Images
 from gfnem.tasks.discrete_vae.model import DiscreteVAE
 from gfnem.tasks.discrete_vae.vector_quantized import FiniteScalar, VectorQuantized
 from tests.tasks.discrete_vae.tiny import (

@@ -7,7 +7,7 @@ from matplotlib.image import imread
 from gfnem.em import EM
 from gfnem.errors import UserError
 from gfnem.posteriors.gflownet import GFlowNetPosterior
-from gfnem.tasks.discrete_vae.data import ImageData
+from gfnem.tasks.discrete_vae.images import ImageData
 from gfnem.tasks.discrete_vae.verbs import generate, reconstruct
 from tests.tasks.discrete_vae.tiny import images, make_model, make_policy
 

@@ -16,7 +16,7 @@ from gfnem.posterior import Posterior
 from gfnem.posteriors.exact import ExactPosterior
 from gfnem.posteriors.gflownet import GFlowNetPosterior
 from gfnem.tasks.discrete_vae import warm_start as module
-from gfnem.tasks.discrete_vae.data import Images
+from gfnem.tasks.discrete_vae.images import Images
 from gfnem.tasks.discrete_vae.mean_field import MeanField
 from gfnem.tasks.discrete_vae.policy import GridPolicy
 from gfnem.tasks.discrete_vae.vector_quantized import VectorQuantized

@@ -12,7 +12,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from gfnem.tasks.discrete_vae.codes import Codes
-from gfnem.tasks.discrete_vae.data import Images, Pixels
+from gfnem.tasks.discrete_vae.images import Images, Pixels
 from gfnem.tasks.discrete_vae.layers import EachPixel
 from gfnem.tasks.discrete_vae.model import DiscreteVAE
 from gfnem.tasks.discrete_vae.policy import GridPolicy

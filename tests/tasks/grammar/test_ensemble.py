@@ -15,10 +15,11 @@ from gfnem.model import LatentVariableModel
 from gfnem.posterior import Posterior
 from gfnem.posteriors.exact import ExactPosterior
 from gfnem.tasks.grammar import ensemble
-from gfnem.tasks.grammar.decode import bracketed, parse
+from gfnem.tasks.grammar.decode import parse
 from gfnem.tasks.grammar.model import GrammarModel
-from gfnem.tasks.grammar.text.brackets import Reading
 from gfnem.tasks.grammar.text.corpus import GrammarData, Vocabulary
+from gfnem.tasks.grammar.text.reading import Reading
+from gfnem.tasks.grammar.text.walk import bracketed
 from gfnem.tasks.grammar.trees.energy import Depth
 from gfnem.tasks.grammar.trees.prior import TreePrior
 from gfnem.tasks.grammar.verbs import parse_ensemble

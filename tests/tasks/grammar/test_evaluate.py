@@ -14,14 +14,15 @@ from gfnem.model import LatentVariableModel
 from gfnem.posterior import Posterior
 from gfnem.posteriors.exact import ExactPosterior
 from gfnem.run import Run
-from gfnem.tasks.grammar.decode import bracketed, parse
+from gfnem.tasks.grammar.decode import parse
 from gfnem.tasks.grammar.evaluate import GrammarEvaluator
 from gfnem.tasks.grammar.inference import inside
 from gfnem.tasks.grammar.model import GrammarModel
 from gfnem.tasks.grammar.rules.dense import DenseGrammar
 from gfnem.tasks.grammar.text import sources as grammar_data
-from gfnem.tasks.grammar.text.brackets import Reading
 from gfnem.tasks.grammar.text.corpus import Corpus, GrammarData
+from gfnem.tasks.grammar.text.reading import Reading
+from gfnem.tasks.grammar.text.walk import bracketed
 from gfnem.tasks.grammar.trees.energy import Depth
 from gfnem.tasks.grammar.trees.f1 import SpanCounts
 from gfnem.tasks.grammar.trees.prior import TreePrior

@@ -130,6 +130,29 @@ def test_files_are_read_and_split(tmp_path: Path):
         assert not data.valid.values.equal(other.valid.values)
 
 
+@pytest.mark.parametrize("content", [b"\xef\xbb\xbf1,2\r\n3,4\r\n", b"1,2\r3,4\r"])
+def test_byte_order_marks_and_line_ends(tmp_path: Path, content: bytes):
+    (tmp_path / "own.csv").write_bytes(content)
+    assert read_points(tmp_path / "own.csv").tolist() == [[1, 2], [3, 4]]
+
+
+def test_points_of_people(cases: Path):
+    values = read_points(cases / "pts_bom_crlf.csv")
+    assert values.shape == (60, 2)
+    assert values[[0, 2]].equal(torch.tensor([[0.1257, -0.1321], [-0.5357, 0.3616]]))
+    # The other file has the same points, times 1e20.
+    scaled = np.load(cases / "pts_1e20.npy") / 1e20
+    assert np.abs(values.numpy() - scaled).max() < 1e-4
+    with pytest.raises(UserError, match=r"pts_1e20.npy has a number in point 1 that is beyond"):
+        read_points(cases / "pts_1e20.npy")
+
+
+def test_a_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.csv").write_text("1,2\n" * 10)
+    assert len(points("~/own.csv").train) == 8
+
+
 def write(text: str) -> Callable[[Path], Any]:
     return lambda file: file.write_text(text)
 
@@ -148,7 +171,9 @@ MISTAKES: list[tuple[str, Callable[[Path], Any], str]] = [
     ("a.csv", write("1,2\n3,nan\n"), " has a number in point 2 that is not finite: remove"),
     ("a.csv", write("1\n2\n"), " holds an array of 2 x 1: give one of points x dimensions, with"),
     ("a.csv", write("\n"), " holds an array of 0: give one of points x dimensions, with"),
-    ("a.csv", lambda file: file.write_bytes(b"\xff\xfe"), " is no text: give numbers between"),
+    ("a.csv", lambda file: file.write_bytes(b"1,2\n\xe9,2"), ", line 2: not UTF-8 text; convert"),
+    ("a.csv", write("1,2\n3,-1e20\n"), " has a number in point 2 that is beyond 1e+15, too large"),
+    ("a.npy", save([[1e300, 2.0]]), " has a number in point 1 that is beyond 1e+15, too large to"),
     ("a.npy", write("1,2\n"), " is damaged or no NPY file: write it with numpy.save"),
     ("a.npy", save([[{}, 1]]), " is damaged or no NPY file: write it with numpy.save"),
     ("a.npy", save([["a", "b"]]), " holds no real numbers: give an array of them"),

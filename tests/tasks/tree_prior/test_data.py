@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from gfnem.errors import UserError
-from gfnem.tasks.grammar.text.brackets import gold_spans
 from gfnem.tasks.grammar.text.sources import text, toy_english
+from gfnem.tasks.grammar.text.walk import gold_spans
 from gfnem.tasks.tree_prior.data import ShapeData, binary_shapes
 
 

@@ -1,239 +1,159 @@
-"""Sentences and gold trees from text: bracketed trees, and raw sentences one a line.
+"""Bracketed trees as they stand in a text, before anything is removed.
 
-What is removed follows the field (harvardnlp/compound-pcfg, `process_ptb.py`, arXiv 1906.10225):
-traces and punctuation go by their part of speech, empty constituents with them, and words are
-lower-cased. It differs in two points. Currency signs, `$` and `#`, are words unless
-`keep_currency` is false: they are spoken, and NLTK's sample is usually counted with them. Numbers
-stay as they are: compound-pcfg replaces them by N when it makes word ids.
+Files differ in what a bracket means. Three things are told from the whole of a file:
 
-Of the tags that the Penn Treebank does not have, OntoNotes and GUM tag hyphens HYPH and superfluous
-marks NFP, which are punctuation; ADD, AFX, GW, SYM and XX are words, like every tag not named here.
+- whether trees have labels: `( ( the dog ) barks )` has none, all of it is words;
+- what a name alone in brackets is: `(Dia)` a word whose tag is missing, `(NP)` an empty constituent
+  where NP is a label elsewhere;
+- whether a backslash before a bracket makes a character of it, as in `(NN foo\\))`, or stands for
+  itself, as in `(UH :\\)`: whichever closes the tree.
 """
 
 from __future__ import annotations
 
+import math
 import re
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from gfnem.errors import UserError
-from gfnem.tasks.grammar.text.words import BRACKETS, PLAIN, WordForms, is_punctuation, unescaped
+from gfnem.tasks.grammar.text.walk import nodes_of
 
 if TYPE_CHECKING:
     from nltk import Tree
 
-Span = tuple[int, int]
+NO_LABEL = "X"
+# Characters behind a tree in which it must show whether it was cut off by an escaped bracket.
+LOOK_AHEAD = 10_000
 
-TRACE = "-NONE-"
-CURRENCY = frozenset({"$", "#"})
-PUNCTUATION = BRACKETS | {",", ".", ":", "``", "''", '"', "HYPH", "NFP"}
+_SOMETHING = re.compile(r"\S")
+_BRACKET = re.compile(r"\\?[()]")
+_ESCAPED_BRACKET = re.compile(r"\\([()])")
+_ANOTHER = re.compile(r"\s*(\(|\Z)")
+_NEW_LINE = re.compile(r"\s*(\n\(|\Z)")
+# The token right behind an opening bracket is its label.
+_TOKENS = {
+    True: re.compile(r"\(\s*((?:\\[()]|[^\s()])*)|\)|(?:\\[()]|[^\s()])+"),
+    False: re.compile(r"\(\s*([^\s()]*)|\)|[^\s()]+"),
+}
 
-TREE_FILES = frozenset({".mrg", ".ptb", ".prd", ".tree", ".trees", ".bracket", ".brackets", ".txt"})
 
+def parse_trees(text: str, name: str) -> list[Tree]:
+    """The trees of a text. Words in brackets of their own are words; empty constituents stay.
 
-@dataclass(frozen=True)
-class Reading:
-    """What was read, before anything is left out for its length.
+    name: of the text in messages.
 
-    sentences: words, lower-cased, without punctuation and traces; may be empty.
-    trees: of the same sentences, with the words as leaves; None where there are none. The tree of
-        a sentence without words has no children.
+    Raises UserError as `split_trees` does.
     """
-
-    sentences: list[list[str]]
-    trees: list[Tree] | None
-
-    def __len__(self) -> int:
-        return len(self.sentences)
-
-    def select(self, indices: Sequence[int]) -> Reading:
-        return Reading(
-            sentences=[self.sentences[i] for i in indices],
-            trees=None if self.trees is None else [self.trees[i] for i in indices],
-        )
-
-    def __add__(self, other: Reading) -> Reading:
-        """Put others behind these; without trees where either has none."""
-        both = None if self.trees is None or other.trees is None else self.trees + other.trees
-        return Reading(self.sentences + other.sentences, both)
-
-    def as_text(self, forms: WordForms) -> Reading:
-        """Write the words of trees as those of raw text are written.
-
-        What raw text cannot tell from punctuation is no word here either.
-        """
-        if self.trees is None:
-            return self
-        return Reading.of_trees([_as_text(tree, forms) for tree in self.trees])
-
-    def mirrored(self) -> Reading:
-        """Read every sentence, and its tree, from right to left."""
-        trees = None if self.trees is None else [_mirrored(tree) for tree in self.trees]
-        return Reading([words[::-1] for words in self.sentences], trees)
-
-    @staticmethod
-    def of_trees(trees: list[Tree]) -> Reading:
-        return Reading([tree.leaves() for tree in trees], trees)
-
-
-def read_sentences(file: Path, forms: WordForms = PLAIN, keep_currency: bool = True) -> Reading:
-    """Read raw sentences, one a line, without trees, or what `read_trees` reads.
-
-    Bracketed trees are known by their beginning: two brackets and no word between.
-
-    Raises UserError as `read_trees` does.
-    """
-    text = read_text(file)
-    if re.match(r"\s*\(\s*[^\s()]*\s*\(", text):
-        return Reading.of_trees(_trees(text, str(file), keep_currency))
-    return Reading([forms.words(line) for line in text.splitlines()], None)
-
-
-def read_trees(file: Path | zipfile.Path, keep_currency: bool = True) -> list[Tree]:
-    """All bracketed trees of a file, cleaned; they may span lines.
-
-    Raises UserError for a file that is missing, empty, not UTF-8 or has unbalanced brackets.
-    """
-    return _trees(read_text(file), str(file), keep_currency)
-
-
-def _trees(text: str, name: str, keep_currency: bool) -> list[Tree]:
-    from nltk import Tree
-
-    removed = PUNCTUATION | {TRACE} | (frozenset() if keep_currency else CURRENCY)
-    trees = []
-    for brackets in split_trees(text, name):
-        tree = Tree.fromstring(brackets, remove_empty_top_bracketing=True)
-        trees.append(clean(tree, removed) or Tree(tree.label(), []))
+    trees = [_tree(piece, escapes) for piece, escapes in split_trees(text, name)]
+    if _without_labels(trees):
+        for tree in trees:
+            for node in nodes_of(tree):
+                if node.label():
+                    node.insert(0, node.label())
+                node.set_label(NO_LABEL)
+    else:
+        known = {"", *(node.label() for tree in trees for node in nodes_of(tree) if node)}
+        for tree in trees:
+            for node in nodes_of(tree):
+                for place, child in enumerate(node):
+                    if not child and child.label() not in known:
+                        node[place] = child.label()
     return trees
 
 
-def tree_files(path: Path) -> list[Path]:
-    """The file itself, or all files with trees below a folder, in the order of their paths.
-
-    Copies of the Penn Treebank may have names in capitals.
-
-    Raises UserError for a path that does not exist and for a folder without such files.
-    """
-    if not path.is_dir():
-        return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in TREE_FILES)
-    if not files:
-        raise UserError(
-            f"{path} has no files with trees in it: their names must end in one of "
-            f"{', '.join(sorted(TREE_FILES))}"
-        )
-    return files
-
-
-def read_text(file: Path | zipfile.Path) -> str:
-    """Raises UserError for a file that is missing, empty or not UTF-8."""
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        reason = error.strerror or "there is no such file in the archive"
-        raise UserError(f"{file} cannot be read: {reason}") from None
-    except zipfile.BadZipFile:
-        raise UserError(f"{file} cannot be read: the archive is damaged") from None
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{file}, line {line}: not UTF-8 text; convert the file") from None
-    if not text.strip():
-        raise UserError(f"{file} is empty: give a file with sentences in it")
-    return text
-
-
-def split_trees(text: str, name: str) -> Iterator[str]:
-    """The balanced pieces of a text of bracketed trees, one for each outermost pair of brackets.
+def split_trees(text: str, name: str) -> Iterator[tuple[str, bool]]:
+    """The balanced pieces of a text of bracketed trees, and whether backslashes escape in each.
 
     name: of the text in messages.
 
     Raises UserError, with the line where the broken tree starts, for a bracket that is not
     closed or not opened and for words outside of all brackets.
     """
-    depth, line, counted, start = 0, 1, 0, 0
-    for found in re.finditer(r"[()]|[^\s()]+", text):
-        token = found.group()
-        if depth == 0:
-            start = found.start()
-            line += text.count("\n", counted, start)
-            counted = start
-            if token == ")":
-                raise UserError(f"{name}, line {line}: a bracket is closed that was never opened")
-            if token != "(":
-                raise UserError(f"{name}, line {line}: {token[:40]!r} is not within brackets")
-        depth += {"(": 1, ")": -1}.get(token, 0)
-        if depth == 0:
-            yield text[start : found.end()]
-    if depth > 0:
-        raise UserError(f"{name}, line {line}: the tree that starts here is not closed")
+    line, counted, end = 1, 0, 0
+    while found := _SOMETHING.search(text, end):
+        start = found.start()
+        line += text.count("\n", counted, start)
+        counted = start
+        if text[start] == ")":
+            raise UserError(f"{name}, line {line}: a bracket is closed that was never opened")
+        if text[start] != "(":
+            token = re.split(r"[\s()]", text[start : start + 40])[0]
+            raise UserError(f"{name}, line {line}: {token!r} is not within brackets")
+        closed = _end(text, start)
+        if closed is None:
+            raise UserError(f"{name}, line {line}: the tree that starts here is not closed")
+        end, escapes = closed
+        yield text[start:end], escapes
 
 
-def clean(tree: Tree, removed: frozenset[str]) -> Tree | None:
-    """A tree without the words that have one of the removed tags, or None if no word is left.
+def _end(text: str, start: int) -> tuple[int, bool] | None:
+    """Where the tree that starts here ends, and whether backslashes escape brackets in it.
 
-    Words are lower-cased, empty constituents are left out. Words without a tag of their own are
-    removed when they are punctuation.
+    They do where that closes the tree, unless the tree closes without it and another one begins
+    on the next line, or nothing follows.
     """
+    as_they_stand = escaping = 0.0
+    first = None
+    for found in _BRACKET.finditer(text, start):
+        step = 1 if found.group()[-1] == "(" else -1
+        as_they_stand += step
+        escaping += step if len(found.group()) == 1 else 0
+        if escaping == 0:
+            if as_they_stand <= 0 or _ANOTHER.match(text, found.end()):
+                return found.end(), True
+            escaping = math.inf
+        if as_they_stand == 0:
+            first = first or found.end()
+            if escaping == math.inf or _NEW_LINE.match(text, found.end()):
+                return first, False
+        elif as_they_stand < 0:
+            as_they_stand = -math.inf
+        elif first and found.end() - first > LOOK_AHEAD:
+            return first, False
+    return (first, False) if first and as_they_stand == 0 else None
+
+
+def _tree(piece: str, escapes: bool) -> Tree:
+    """The tree of a balanced piece, without brackets around all of it and no more."""
     from nltk import Tree
 
-    tagged = len(tree) == 1 and isinstance(tree[0], str)
-    if tagged and tree.label() in removed:
-        return None
-    children = []
-    for child in tree:
-        if isinstance(child, Tree):
-            child = clean(child, removed)
-            if child is not None:
-                children.append(child)
-        elif tagged or not is_punctuation(child):
-            children.append(child.lower())
-    return Tree(tree.label(), children) if children else None
+    above = [Tree("", [])]
+    for found in _TOKENS[escapes].finditer(piece):
+        token = found.group()
+        if token[0] == "(":
+            above.append(Tree(_unescaped(found[1], escapes), []))
+        elif token == ")":
+            node = above.pop()
+            above[-1].append(node)
+        else:
+            above[-1].append(_unescaped(token, escapes))
+    (tree,) = above[0]
+    while not tree.label() and len(tree) == 1 and isinstance(tree[0], Tree):
+        (tree,) = tree
+    return tree
 
 
-def with_words(tree: Tree, form: Callable[[str], str | None]) -> Tree:
-    """Write each word of a tree in another form; None leaves it out, and empty constituents."""
-    return _with_words(tree, form) or tree.__class__(tree.label(), [])
+def _unescaped(token: str, escapes: bool) -> str:
+    return _ESCAPED_BRACKET.sub(r"\1", token) if escapes and "\\" in token else token
 
 
-def _with_words(tree: Tree, form: Callable[[str], str | None]) -> Tree | None:
-    children = []
-    for child in tree:
-        child = form(child) if isinstance(child, str) else _with_words(child, form)
-        if child is not None:
-            children.append(child)
-    return tree.__class__(tree.label(), children) if children else None
+def _without_labels(trees: list[Tree]) -> bool:
+    """Whether what stands in a label's place is words.
+
+    Then most trees have brackets that begin with brackets, and what other brackets begin with is
+    not written like labels, in capitals.
+    """
+    begun: Counter[bool] = Counter()
+    missing: Counter[bool] = Counter()
+    for tree in trees:
+        nodes = [node for node in nodes_of(tree) if node]
+        begun.update(_like_a_label(node.label()) for node in nodes if node.label())
+        if len(nodes) > 1:
+            missing[not all(node.label() for node in nodes)] += 1
+    return missing[True] > missing[False] and begun[False] > begun[True]
 
 
-def _mirrored(tree: Tree) -> Tree:
-    children = [child if isinstance(child, str) else _mirrored(child) for child in tree]
-    return tree.__class__(tree.label(), children[::-1])
-
-
-def _as_text(tree: Tree, forms: WordForms) -> Tree:
-    return with_words(
-        tree, lambda word: None if is_punctuation(word) else forms.form(unescaped(word))
-    )
-
-
-def gold_spans(tree: Tree) -> frozenset[Span]:
-    """The unlabelled spans (start, end) of two or more words, the whole sentence included."""
-    spans: set[Span] = set()
-
-    def end_of(node: Tree | str, start: int) -> int:
-        if isinstance(node, str):
-            return start + 1
-        end = start
-        for child in node:
-            end = end_of(child, end)
-        if end - start > 1:
-            spans.add((start, end))
-        return end
-
-    end_of(tree, 0)
-    return frozenset(spans)
+def _like_a_label(token: str) -> bool:
+    return token.isascii() and token == token.upper()

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gfnem.errors import UserError
-from gfnem.tasks.grammar.text.brackets import Reading, read_text, with_words
+from gfnem.files import read_text
 from gfnem.tasks.grammar.text.corpus import GrammarData, check_least
 from gfnem.tasks.grammar.text.nltk_data import find_corpus
+from gfnem.tasks.grammar.text.reading import Reading
 from gfnem.tasks.grammar.text.sources import evenly, treebank_files
 from gfnem.tasks.grammar.text.words import WordForms, is_punctuation, unescaped
 
@@ -65,7 +66,8 @@ def brown(
         chosen = evenly(len(fitting))[:brown_sentences]
         text = text.select([fitting[i] for i in sorted(chosen)])
     trees, valid, test = (
-        _written(reading, forms) for reading in treebank_files(dir, keep_currency)
+        reading.written(lambda word: forms.form(unescaped(word)))
+        for reading in treebank_files(dir, WordForms(), keep_currency)
     )
     if treebank_text:
         text, more_tests = text + trees, {"seen_text": trees}
@@ -112,7 +114,7 @@ def brown_lines(
     if not files:
         raise UserError(f"{folder} has no files of the Brown corpus, ca01 to cr09: get it again")
     for file in files:
-        for line in read_text(file).splitlines():
+        for line in read_text(file).split("\n"):
             words = [word for token in line.split() for word in _words(token, forms)]
             if words:
                 yield [word for word in words if keep_currency or word not in ("$", "#")]
@@ -131,11 +133,3 @@ def _words(token: str, forms: WordForms) -> Iterator[str]:
             yield forms.form(part)
     if plural:
         yield "'"
-
-
-def _written(reading: Reading, forms: WordForms) -> Reading:
-    """Trees of the treebank with the words as they are written in Brown."""
-    assert reading.trees is not None
-    return Reading.of_trees(
-        [with_words(tree, lambda word: forms.form(unescaped(word))) for tree in reading.trees]
-    )

@@ -16,7 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from gfnem.errors import UserError
 from gfnem.splits import named_split
-from gfnem.tasks.grammar.text.brackets import Reading, Span, gold_spans
+from gfnem.tasks.grammar.text.reading import Reading, said_of
+from gfnem.tasks.grammar.text.walk import Span, gold_spans
 from gfnem.tasks.grammar.text.words import PLAIN, WordForms
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class Vocabulary:
 class Corpus:
     """One split of the data.
 
-    sentences: words as read: lower-cased, without punctuation and traces.
+    sentences: words as read, in the form that the vocabulary has them.
     word_ids: the same as ids.
     gold: unlabelled spans (start, end) of two or more words, the whole sentence included; None
         for raw text.
@@ -209,6 +210,10 @@ class GrammarData:
             kept["train"][0].sentences, min_count
         )
         self.corpora = {split: self._corpus(*kept[split]) for split in kept}
+        read = [reading for split, reading in readings.items() if split != self.long_test]
+        dropped = said_of([gone for reading in read for gone in reading.dropped])
+        self._notes = [f"dropped {dropped}"] if dropped else []
+        self._notes += dict.fromkeys(note for reading in read for note in reading.notes)
 
     def _corpus(self, reading: Reading, left_out: Mapping[str, int]) -> Corpus:
         return Corpus(
@@ -261,15 +266,16 @@ class GrammarData:
         return {"vocabulary": len(self.vocabulary), "max_length": self.max_length}
 
     def describe(self) -> str:
-        """What was read and what was left out, in one line."""
+        """What was read, what was left out and what was dropped of sentences, in one line."""
         splits = [
-            f"{name} {len(corpus):,} sentences, {int(corpus.lengths.sum()):,} words{_rest(corpus)}"
+            f"{name} {len(corpus):,} sentences, {int(corpus.lengths.sum()):,} words"
+            f"{_said(corpus.left_out)}"
             for name, corpus in self.corpora.items()
         ]
         words = f"{len(self.vocabulary) - 1:,} words known"
         if self.min_count > 1:
             words += f" (seen {self.min_count} times or more)"
-        return "; ".join([f"{self.name}: {splits[0]}", *splits[1:], words])
+        return "; ".join([f"{self.name}: {splits[0]}", *splits[1:], words, *self._notes])
 
 
 def _within(
@@ -278,12 +284,15 @@ def _within(
     """The sentences within the limits, and how many were left out for which reason."""
     reasons = [_reason(len(words), min_length, max_length) for words in reading.sentences]
     kept = [i for i, reason in enumerate(reasons) if reason is None]
+    left_out = dict(Counter(reason for reason in reasons if reason is not None))
     if not kept:
+        dropped = said_of(reading.dropped)
         raise UserError(
-            f"none of the {len(reading)} {name} sentences has {min_length} to {max_length} words: "
-            f"change min_length and max_length, or give more sentences"
+            f"none of the {len(reading)} {name} sentences has {min_length} to {max_length} words"
+            f"{_said(left_out)}{f', dropped {dropped}' if dropped else ''}: change min_length and "
+            f"max_length, or give more sentences"
         )
-    return reading.select(kept), dict(Counter(reason for reason in reasons if reason is not None))
+    return reading.select(kept), left_out
 
 
 def _without_known(
@@ -308,10 +317,10 @@ def _reason(length: int, min_length: int, max_length: int) -> str | None:
     return f"longer than {max_length}" if length > max_length else None
 
 
-def _rest(corpus: Corpus) -> str:
-    if not corpus.left_out:
+def _said(left_out: Mapping[str, int]) -> str:
+    if not left_out:
         return ""
-    return f" (left out: {', '.join(f'{n:,} {why}' for why, n in corpus.left_out.items())})"
+    return f" (left out: {', '.join(f'{n:,} {why}' for why, n in left_out.items())})"
 
 
 def _chunks(order: list[int], size: int) -> list[list[int]]:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from gfnem.errors import UserError
+from gfnem.files import user_path
 
 
 def find_corpus(name: str, what: str, dir: str | None = None) -> Path | zipfile.Path:
@@ -28,7 +29,7 @@ def find_corpus(name: str, what: str, dir: str | None = None) -> Path | zipfile.
     """
     import nltk
 
-    roots = [str(root) for root in nltk.data.path] if dir is None else [dir]
+    roots = [str(root) for root in nltk.data.path] if dir is None else [str(user_path(dir))]
     found = _below(roots, name)
     if found is None and dir is None:
         _download(name)

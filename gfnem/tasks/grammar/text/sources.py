@@ -3,7 +3,7 @@
 Six sources make a `GrammarData`: `toy_english` (sampled, needs no files), `treebank` (NLTK's
 Penn Treebank sample), `penn_treebank` (the whole of it), `gum`, `bracketed` (files of trees) and
 `text` (raw sentences, with trees to rate by or without); `brown.py` has another. What becomes of
-words and trees on the way is told in `brackets.py` and `words.py`.
+words and trees on the way is told in `reading.py`, `brackets.py` and `words.py`.
 
     >>> data = toy_english(seed=0)
 """
@@ -12,24 +12,20 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from functools import reduce
-from operator import add
+from dataclasses import replace
 from pathlib import Path
 
 from typing_extensions import Unpack
 
 from gfnem.errors import UserError
-from gfnem.tasks.grammar.text.brackets import (
-    Reading,
-    read_sentences,
-    read_trees,
-    tree_files,
-)
+from gfnem.files import user_path
 from gfnem.tasks.grammar.text.corpus import DataOptions, GrammarData, check_least
 from gfnem.tasks.grammar.text.nltk_data import find_corpus
+from gfnem.tasks.grammar.text.reading import NAMED, Reading, read_sentences, read_trees, tree_files
 from gfnem.tasks.grammar.text.toy_english import sample_trees
-from gfnem.tasks.grammar.text.words import WordForms
+from gfnem.tasks.grammar.text.words import Punctuation, WordForms, glued, is_punctuation
 
 TRAIN_SECTIONS, VALID_SECTIONS, TEST_SECTIONS = range(2, 22), (22,), (23,)
 # Where the sections are in the folder of the Penn Treebank, version 3 or 2, or of a part of it.
@@ -75,7 +71,11 @@ def toy_english(
 
 
 def treebank(
-    dir: str | None = None, keep_currency: bool = True, **options: Unpack[DataOptions]
+    dir: str | None = None,
+    keep_currency: bool = True,
+    punctuation: Punctuation = "remove",
+    lowercase: bool = True,
+    **options: Unpack[DataOptions],
 ) -> GrammarData:
     """The sample of the Penn Treebank that NLTK distributes: 3,914 trees of 199 files.
 
@@ -88,25 +88,34 @@ def treebank(
         20 and 40 words; to length 20 it is 1,737 training, 145 validation and 115 test sentences
         and a vocabulary of 2,267, "<unk>" among them. Without, as in compound-pcfg, it is 1,752,
         152 and 119 sentences and a vocabulary of 2,281 (2,283 where three words are special).
+    punctuation, lowercase: as for `bracketed`.
     options: `DataOptions`, as for `GrammarData`.
 
     Raises UserError if the data is neither found nor downloaded, or damaged.
     """
-    return GrammarData("treebank", *treebank_files(dir, keep_currency), **options)
+    forms = WordForms(lowercase=lowercase, punctuation=punctuation)
+    splits = treebank_files(dir, forms, keep_currency)
+    return GrammarData("treebank", *splits, forms=forms, **options)
 
 
-def treebank_files(dir: str | None, keep_currency: bool) -> tuple[Reading, Reading, Reading]:
+def treebank_files(
+    dir: str | None, forms: WordForms, keep_currency: bool
+) -> tuple[Reading, Reading, Reading]:
     """Read NLTK's sample: files 1 to 159, 160 to 179 and 180 to 199."""
     folder = find_corpus("treebank", "NLTK's treebank sample", dir) / "combined"
     train, valid, test = (
-        _read_trees((folder / f"wsj_{number:04}.mrg" for number in numbers), keep_currency)
+        _read_trees((folder / f"wsj_{number:04}.mrg" for number in numbers), forms, keep_currency)
         for numbers in (range(1, 160), range(160, 180), range(180, 200))
     )
     return train, valid, test
 
 
 def penn_treebank(
-    dir: str | None = None, keep_currency: bool = False, **options: Unpack[DataOptions]
+    dir: str | None = None,
+    keep_currency: bool = False,
+    punctuation: Punctuation = "remove",
+    lowercase: bool = True,
+    **options: Unpack[DataOptions],
 ) -> GrammarData:
     """The Wall Street Journal part of the Penn Treebank (LDC99T42), which is not free.
 
@@ -115,22 +124,28 @@ def penn_treebank(
     dir: folder with the sections' folders in it, or the treebank's own folder, in which they are
         in `parsed/mrg/wsj`. None looks in the subfolder `ptb` of the folder that GFNEM_DATA names.
     keep_currency: take `$` and `#` for words; the field removes them (compound-pcfg).
+    punctuation, lowercase: as for `bracketed`.
     options: `DataOptions`, as for `GrammarData`.
 
     Raises UserError if the folder or one of the sections is not there.
     """
+    forms = WordForms(lowercase=lowercase, punctuation=punctuation)
     sections = _find_sections(_data_folder("ptb", dir))
     train, valid, test = (
-        _read_bracketed([str(sections / f"{number:02}") for number in numbers], keep_currency)
+        _read_bracketed(
+            [str(sections / f"{number:02}") for number in numbers], forms, keep_currency
+        )
         for numbers in (TRAIN_SECTIONS, VALID_SECTIONS, TEST_SECTIONS)
     )
-    return GrammarData("ptb", train, valid, test, **options)
+    return GrammarData("ptb", train, valid, test, forms=forms, **options)
 
 
 def gum(
     dir: str | None = None,
     valid_fraction: float = 0.1,
     keep_currency: bool = True,
+    punctuation: Punctuation = "remove",
+    lowercase: bool = True,
     **options: Unpack[DataOptions],
 ) -> GrammarData:
     """Constituency trees of GUM, English of many genres: `train.ptb` and `dev.ptb`.
@@ -142,6 +157,7 @@ def gum(
         names.
     valid_fraction: share of the trees of train.ptb that are for validation, the last ones.
     keep_currency: take `$` and `#` for words; compound-pcfg removes them.
+    punctuation, lowercase: as for `bracketed`.
     options: `DataOptions`, as for `GrammarData`.
 
     Raises UserError if the folder or one of the files is not there.
@@ -157,10 +173,16 @@ def gum(
             "https://github.com/amir-zeldes/gum, together in these files, or set data.dir to "
             "their folder"
         )
-    train, test = (_read_trees([file], keep_currency) for file in files)
+    forms = WordForms(lowercase=lowercase, punctuation=punctuation)
+    train, test = (_read_trees([file], forms, keep_currency) for file in files)
     kept = len(train) - round(valid_fraction * len(train))
     return GrammarData(
-        "gum", train.select(range(kept)), train.select(range(kept, len(train))), test, **options
+        "gum",
+        train.select(range(kept)),
+        train.select(range(kept, len(train))),
+        test,
+        forms=forms,
+        **options,
     )
 
 
@@ -171,6 +193,8 @@ def bracketed(
     valid_fraction: float = 0.1,
     test_fraction: float = 0.1,
     keep_currency: bool = True,
+    punctuation: Punctuation = "remove",
+    lowercase: bool = True,
     **options: Unpack[DataOptions],
 ) -> GrammarData:
     """Bracketed trees as in the Penn Treebank, from files.
@@ -180,18 +204,21 @@ def bracketed(
     valid_fraction, test_fraction: shares of the training trees that are kept out for a split that
         is not given, evenly spread over the files and the same for every seed.
     keep_currency: take `$` and `#` for words; compound-pcfg removes them.
+    punctuation: "keep" takes marks for words, "remove" removes them.
+    lowercase: write all words in small letters.
     options: `DataOptions`, as for `GrammarData`.
 
     Raises UserError for what cannot be read: it names the file and the line.
     """
+    forms = WordForms(lowercase=lowercase, punctuation=punctuation)
     splits = _cut(
-        _read_bracketed(train, keep_currency),
-        None if valid is None else _read_bracketed(valid, keep_currency),
-        None if test is None else _read_bracketed(test, keep_currency),
+        _read_bracketed(train, forms, keep_currency),
+        None if valid is None else _read_bracketed(valid, forms, keep_currency),
+        None if test is None else _read_bracketed(test, forms, keep_currency),
         valid_fraction,
         test_fraction,
     )
-    return GrammarData("bracketed", *splits, **options)
+    return GrammarData("bracketed", *splits, forms=forms, **options)
 
 
 def text(
@@ -201,8 +228,11 @@ def text(
     valid_fraction: float = 0.1,
     test_fraction: float = 0.1,
     keep_currency: bool = True,
+    punctuation: Punctuation = "remove",
+    lowercase: bool = True,
     merge_numbers: bool = False,
     split_clitics: bool = False,
+    tokenize: bool = False,
     **options: Unpack[DataOptions],
 ) -> GrammarData:
     """Raw sentences from text files, one a line, words between spaces, and trees to rate by.
@@ -215,28 +245,55 @@ def text(
     valid_fraction, test_fraction: shares of the training sentences that are kept out for a split
         that is not given, evenly spread over the file and the same for every seed.
     keep_currency: take `$` and `#` of trees for words, as they are in raw text.
+    punctuation, lowercase: as for `bracketed`.
     merge_numbers: write every number as `<num>`.
     split_clitics: make clitics of raw text words of their own, as the Penn Treebank does: do n't.
+    tokenize: split raw text by NLTK's word tokeniser, for text as people write it: `again?`. Each
+        line is one sentence. It splits clitics, too.
     options: `DataOptions`, as for `GrammarData`.
 
     Raises UserError for what cannot be read: it names the file and the line.
     """
-    forms = WordForms(merge_numbers, split_clitics)
+    forms = WordForms(merge_numbers, split_clitics, lowercase, punctuation, tokenize)
     given = {"train": train, "valid": valid, "test": test}
     files = {
-        split: _read_files(paths, keep_currency, forms)
+        split: _read_files(paths, forms, keep_currency)
         for split, paths in given.items()
         if paths is not None
     }
     raw = any(reading.trees is None for readings in files.values() for reading in readings)
     joined = {
-        split: reduce(add, (r.as_text(forms) if raw or merge_numbers else r for r in readings))
+        split: _joined([r.as_text(forms) if raw or merge_numbers else r for r in readings])
         for split, readings in files.items()
     }
+    if not tokenize:
+        note = _glued([r for readings in files.values() for r in readings if r.trees is None])
+        joined["train"] = replace(joined["train"], notes=(*joined["train"].notes, *note))
     splits = _cut(
         joined["train"], joined.get("valid"), joined.get("test"), valid_fraction, test_fraction
     )
     return GrammarData("text", *splits, forms=forms, **options)
+
+
+def _glued(readings: Sequence[Reading]) -> list[str]:
+    """What to say of raw text in which more marks are glued to words than stand alone."""
+    found = Counter(
+        word for reading in readings for words in reading.sentences for word in glued(words)
+    )
+    alone = sum(gone.total() for reading in readings for gone in reading.dropped)
+    alone += sum(
+        is_punctuation(word)
+        for reading in readings
+        for words in reading.sentences
+        for word in words
+    )
+    if found.total() <= alone:
+        return []
+    such = " ".join(word for word, _ in found.most_common(NAMED))
+    return [
+        f"warning: marks look glued to {found.total():,} words, such as {such}: tokenize=true "
+        f"splits them off"
+    ]
 
 
 def _cut(
@@ -268,23 +325,40 @@ def evenly(count: int) -> list[int]:
     return sorted(range(count), key=lambda i: i * 0.6180339887498949 % 1)
 
 
-def _read_trees(files: Iterable[Path | zipfile.Path], keep_currency: bool) -> Reading:
-    return Reading.of_trees([tree for file in files for tree in read_trees(file, keep_currency)])
+def _read_trees(
+    files: Iterable[Path | zipfile.Path], forms: WordForms, keep_currency: bool, note: str = ""
+) -> Reading:
+    """Read files of trees one after another; note: what there is to say of them."""
+    readings = [read_trees(file, forms, keep_currency) for file in files]
+    return replace(_joined(readings), notes=(note,) if note else ())
 
 
-def _read_bracketed(paths: str | Sequence[str], keep_currency: bool) -> Reading:
+def _read_bracketed(paths: str | Sequence[str], forms: WordForms, keep_currency: bool) -> Reading:
     paths = [paths] if isinstance(paths, str) else paths
-    return _read_trees((file for path in paths for file in tree_files(Path(path))), keep_currency)
+    return _joined(
+        [_read_trees(files, forms, keep_currency, note) for files, note in map(tree_files, paths)]
+    )
 
 
-def _read_files(paths: str | Sequence[str], keep_currency: bool, forms: WordForms) -> list[Reading]:
+def _read_files(paths: str | Sequence[str], forms: WordForms, keep_currency: bool) -> list[Reading]:
     """Read files of raw sentences and of trees, each on its own."""
-    paths = [paths] if isinstance(paths, str) else paths
-    return [
-        read_sentences(file, forms, keep_currency)
-        for path in paths
-        for file in tree_files(Path(path))
-    ]
+    readings = []
+    for files, note in map(tree_files, [paths] if isinstance(paths, str) else paths):
+        some = [read_sentences(file, forms, keep_currency) for file in files]
+        some[0] = replace(some[0], notes=(note,) if note else ())
+        readings += some
+    return readings
+
+
+def _joined(readings: Sequence[Reading]) -> Reading:
+    """Put readings behind one another; without trees where one of them has none."""
+    trees = [reading.trees for reading in readings]
+    return Reading(
+        [words for reading in readings for words in reading.sentences],
+        None if None in trees else [tree for some in trees for tree in some or ()],
+        [gone for reading in readings for gone in reading.dropped],
+        tuple(dict.fromkeys(note for reading in readings for note in reading.notes)),
+    )
 
 
 def _data_folder(name: str, dir: str | None) -> Path:
@@ -294,7 +368,7 @@ def _data_folder(name: str, dir: str | None) -> Path:
             f"data={name} is not found: set data.dir to its folder, or GFNEM_DATA to a folder with "
             f"{name} in it"
         )
-    folder = Path(dir) if dir is not None else Path(root, name)
+    folder = user_path(dir) if dir is not None else Path(root, name)
     if not folder.is_dir():
         raise UserError(f"data={name} was looked for in {folder}, which is no folder: set data.dir")
     return folder

@@ -20,8 +20,8 @@ from omegaconf import OmegaConf
 from gfnem.app.signatures import annotations_of, fits
 from gfnem.errors import UserError
 from gfnem.tasks.grammar.text import sources as data_module
-from gfnem.tasks.grammar.text.brackets import Reading, gold_spans, read_trees
 from gfnem.tasks.grammar.text.corpus import GrammarData, Vocabulary
+from gfnem.tasks.grammar.text.reading import Reading, read_trees
 from gfnem.tasks.grammar.text.sources import (
     SECTIONS_IN,
     bracketed,
@@ -32,6 +32,7 @@ from gfnem.tasks.grammar.text.sources import (
     treebank,
 )
 from gfnem.tasks.grammar.text.toy_english import RULES, WORDS
+from gfnem.tasks.grammar.text.walk import gold_spans
 from gfnem.tasks.grammar.text.words import PLAIN
 
 # Two trees over several lines, the first with a trace under an empty constituent, quotes,
@@ -67,6 +68,12 @@ def write(folder: Path, name: str, content: str | bytes) -> str:
     return str(file)
 
 
+def trees_of(file: Path, **options: Any) -> list[Tree]:
+    trees = read_trees(file, **options).trees
+    assert trees is not None
+    return trees
+
+
 def all_sentences(data: GrammarData) -> list[list[str]]:
     return [sentence for part in (data.train, data.valid, data.test) for sentence in part.sentences]
 
@@ -75,7 +82,7 @@ def all_sentences(data: GrammarData) -> list[list[str]]:
 
 
 def test_punctuation_traces_and_empty_constituents_are_removed(trees_file: Path):
-    first, second = read_trees(trees_file)
+    first, second = trees_of(trees_file)
     assert first == Tree.fromstring(
         "(S (NP-SBJ-1 (DT the) (NN dog)) (VP (VBD cost) (NP (QP ($ $) (CD 1,000)))"
         " (PRN (ADVP (RB roughly)))))"
@@ -87,7 +94,7 @@ def test_punctuation_traces_and_empty_constituents_are_removed(trees_file: Path)
 
 
 def test_currency_signs_can_be_removed(trees_file: Path):
-    first, _ = read_trees(trees_file, keep_currency=False)
+    first, _ = trees_of(trees_file, keep_currency=False)
     assert first.leaves() == ["the", "dog", "cost", "1,000", "roughly"]
     assert gold_spans(first) == {(0, 2), (2, 5), (0, 5)}
 
@@ -95,7 +102,7 @@ def test_currency_signs_can_be_removed(trees_file: Path):
 def test_flat_trees_and_words_without_tags(tmp_path: Path):
     file = tmp_path / "untagged.txt"
     file.write_text("(S (NP the Old (N king)) , slept (ADVP well) .)")
-    (tree,) = read_trees(file)
+    (tree,) = trees_of(file)
     assert tree.leaves() == ["the", "old", "king", "slept", "well"]
     assert gold_spans(tree) == {(0, 3), (0, 5)}
 
@@ -104,7 +111,7 @@ def test_flat_trees_and_words_without_tags(tmp_path: Path):
 def test_tags_of_punctuation(tmp_path: Path, tag: str):
     file = tmp_path / "tag.ptb"
     file.write_text(f"(NP (NN eye) ({tag} -) (NN test) (SYM /))")
-    assert read_trees(file)[0].leaves() == ["eye", "test", "/"]
+    assert trees_of(file)[0].leaves() == ["eye", "test", "/"]
 
 
 def test_tokenize_removes_punctuation_alone():
@@ -299,7 +306,9 @@ def test_describe_accounts_for_all_that_was_read(tmp_path: Path):
         "1 sentences, 3 words (left out: 1 longer than 5, 1 shorter than 3, 1 of one word, "
         "1 without words)"
     )
-    assert data.describe() == f"text: train {part}; valid {part}; test {part}; 3 words known"
+    assert data.describe() == (
+        f"text: train {part}; valid {part}; test {part}; 3 words known; dropped 3 punctuation (.)"
+    )
 
 
 def test_longer_sentences_for_a_further_test(tmp_path: Path):
@@ -391,8 +400,8 @@ def test_word_types_of_the_treebank(real_data: Path):
     words = {
         word
         for number in range(1, 200)
-        for tree in read_trees(folder / f"wsj_{number:04}.mrg")
-        for word in tree.leaves()
+        for sentence in read_trees(folder / f"wsj_{number:04}.mrg").sentences
+        for word in sentence
     }
     assert len(words) == 10931
 
