@@ -40,9 +40,6 @@ Latent = Literal["shape", "labelled"]
 # Longer sentences have too many merge orders to try them all.
 TABULATED_WORDS = 6
 
-# Stands for log 0: finite, so that differences of two of them are numbers.
-LOG_ZERO = -1e4
-
 
 class ForestPolicy(NumberedPolicy):
     """What all policies over forests share: rollouts, P_B, flows and torchgfn's view of them.

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -19,11 +18,6 @@ from gfnem.tasks.grammar.policies.env import LATER, Forest, parents_time
 from gfnem.tasks.grammar.rules.grammar import Potentials
 from gfnem.tasks.grammar.text.corpus import Sentences
 from gfnem.tasks.grammar.trees.tree import Trees
-
-Latent = Literal["shape", "labelled"]
-
-# Longer sentences have too many merge orders to try them all.
-TABULATED_WORDS = 6
 
 # Stands for log 0: finite, so that differences of two of them are numbers.
 LOG_ZERO = -1e4

@@ -155,22 +155,19 @@ class LowRankPotentials(Potentials):
     def merge_gradients(self) -> LowRankMergeGradients:
         return LowRankMergeGradients(self)
 
-    def _under(self, label: Tensor) -> Tensor:
-        return self.contexts.under(label)
-
     def inner_rules(self, label: Tensor, context: Tensor) -> Tensor:
         return (self.mixture[label, context][:, None] * self.left.t()) @ self.right
 
     def word_left_rules(
         self, sentence: Tensor, position: Tensor, label: Tensor, context: Tensor
     ) -> Tensor:
-        word = self.word_left[sentence, position, self._under(label)]
+        word = self.word_left[sentence, position, self.contexts.under(label)]
         return (self.mixture[label, context] * word) @ self.right
 
     def word_right_rules(
         self, sentence: Tensor, position: Tensor, label: Tensor, context: Tensor
     ) -> Tensor:
-        word = self.word_right[sentence, position, self._under(label)]
+        word = self.word_right[sentence, position, self.contexts.under(label)]
         return (self.mixture[label, context] * word) @ self.left
 
     def rule_probabilities(
@@ -183,7 +180,7 @@ class LowRankPotentials(Potentials):
         left: Tensor,
         right: Tensor,
     ) -> Tensor:
-        below = self._under(label)
+        below = self.contexts.under(label)
 
         def vector(child: Tensor, table: Tensor, words: Tensor, position: Tensor) -> Tensor:
             of_word = words[sentence, position, below]
