@@ -2,7 +2,8 @@
 
     gfnem --multirun task=mixture posterior=exact,mean_field,gflownet posterior.m_step=closed \
         run_dir=runs/mixture
-    python scripts/mixture_figures.py runs/mixture/0 runs/mixture/1 runs/mixture/2 --out figures
+    python scripts/mixture_figures.py runs/mixture/posterior=exact \
+        runs/mixture/posterior=mean_field runs/mixture/posterior=gflownet --out figures
     gfnem compare runs/mixture metrics=test/log_likelihood,test/posterior_gap out=figures
 
 writes mixture_assignments.png, test points coloured by the supercluster of a draw from q(z | x),
