@@ -490,7 +490,6 @@ class _Reach:
     rate: says how many nats a model needs.
     """
 
-    selection = "valid/nll"
     em: EM
 
     def __init__(self, rate: Callable[[Any], float], target: float):
@@ -505,10 +504,13 @@ class _Reach:
         began = time.perf_counter()
         self.nats = self.rate(model)
         if not self.at and self.nats <= self.target:
-            self.seconds, self.at = self.em.seconds - self.spent, self.em.m_steps
-            self.em.total_m_steps = self.em.m_steps
+            self.seconds, self.at = self.em.done.seconds - self.spent, self.em.done.m_steps
+            self.em.stop()
         self.spent += time.perf_counter() - began
-        return {self.selection: self.nats}
+        return {self.selection(model): self.nats}
+
+    def selection(self, model: Any) -> str:
+        return "valid/nll"
 
     def report(self, model: Any, posterior: Any, run: Any) -> None:
         """Nothing to report: figures are this script's."""

@@ -22,11 +22,11 @@ from nltk import Tree
 
 import gfnem
 from gfnem.app.main import main
-from gfnem.em import EM
 from gfnem.tasks.discrete_vae.evaluate import DiscreteVAEEvaluator
 from gfnem.tasks.grammar.evaluate import GrammarEvaluator
 from gfnem.tasks.grammar.text import sources as data
 from gfnem.tasks.mixture.evaluate import MixtureEvaluator
+from gfnem.training.steps import Steps
 
 GFLOWNET = ["schedule.warmup_e_steps=2", "policy.width=8"]
 
@@ -165,7 +165,7 @@ class TestTrain:
         configs = [yaml.safe_load(Path("sweep", job, "config.yaml").read_text()) for job in jobs]
         assert [config["seed"] for config in configs] == [3, 4]
         assert {config["objective"]["_target_"] for config in configs} == {
-            "gfnem.gflownet.objectives.db"
+            "gfnem.gflownet.objectives.DetailedBalance"
         }
         assert all("hydra" not in config for config in configs)
 
@@ -209,17 +209,21 @@ class TestTrain:
 
 def interrupt(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that gets a Ctrl-C in its third M-step."""
-    m_step = EM._m_step
+    m_step = Steps.m_step
 
-    def interrupting(em: EM, *arguments) -> None:
-        if em.m_steps == 2:
+    def interrupting(steps: Steps, *arguments) -> None:
+        if steps.done.m_steps == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        m_step(em, *arguments)
+        m_step(steps, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(EM, "_m_step", interrupting)
+        patch.setattr(Steps, "m_step", interrupting)
         assert main([*tiny, "run_dir=stopped"]) == 130
     return Path("stopped")
+
+
+def interrupted(*arguments) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.usefixtures("no_report")
@@ -228,7 +232,7 @@ class TestResume:
         self, tiny: list[str], trained: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         interrupted = interrupt(tiny, monkeypatch)
-        assert state_of(interrupted, "last")["counters"]["m_steps"] == 3
+        assert state_of(interrupted, "last")["done"]["m_steps"] == 3
         assert main([f"resume={interrupted}"]) == 0
         assert_same(read_metrics(interrupted), read_metrics(trained))
         for which in ("last", "best"):
@@ -263,6 +267,17 @@ class TestResume:
         assert "is finished, with 4 M-steps" in out
         assert (trained / "metrics.jsonl").read_text() == before
 
+    def test_final_evaluation_that_was_killed_is_done_again(
+        self, trained: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run = shutil.copytree(trained, "run")
+        with monkeypatch.context() as patch:
+            patch.setattr("gfnem.run.Run.write_summary", interrupted)
+            assert main([f"resume={run}", "em.m_steps=6"]) == 130
+        assert json.loads((run / "summary.json").read_text())["train/m_steps"] == 4
+        assert main([f"resume={run}"]) == 0
+        assert json.loads((run / "summary.json").read_text())["train/m_steps"] == 6
+
     def test_prints_its_configuration(
         self, trained: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -289,7 +304,7 @@ class TestImages:
         monkeypatch.setattr(DiscreteVAEEvaluator, "report", lambda *arguments: None)
         assert main([*options, "run_dir=whole"]) == 0
         stopped = interrupt(options, monkeypatch)
-        assert state_of(stopped, "last")["counters"]["m_steps"] == 3
+        assert state_of(stopped, "last")["done"]["m_steps"] == 3
         early = json.loads((stopped / "summary.json").read_text())
         assert early["train/m_steps"] == 3 and "test/nll" not in early
         assert main([f"resume={stopped}"]) == 0
@@ -876,7 +891,7 @@ def test_full_disk(
     def write(*arguments, **options) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "summary.json")
 
-    monkeypatch.setattr(EM, "evaluate", write)
+    monkeypatch.setattr("gfnem.em.EM.evaluate", write)
     line = failing(["evaluate", f"run={trained}"], capsys)
     assert line == "gfnem: [Errno 28] No space left on device: 'summary.json'"
 

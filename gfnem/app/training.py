@@ -33,6 +33,7 @@ from gfnem.errors import UserError
 # What imports torch is imported where it is needed, so that mistakes are told at once.
 if TYPE_CHECKING:
     from gfnem.app.build import Built
+    from gfnem.em import EM
     from gfnem.run import Run
 
 # A checkpoint holds what these options made: whoever reads it cannot change them.
@@ -139,14 +140,15 @@ def resume(directory: Path, overrides: Sequence[str], print_config: bool = False
     built = build(config)
     em = built.em
     em.load_state_dict(state)
-    if em.finished and _is_complete(stored):
+    if em.finished and _is_complete(stored, em):
+        steps = f"{em.done.m_steps} M-steps and {em.done.e_steps} E-steps"
         print(
-            f"{directory} is finished, with {em.m_steps} M-steps and {em.e_steps} E-steps: "
+            f"{directory} is finished, with {steps}: "
             "raise em.m_steps (or what else ended it) to go on"
         )
         return DONE
     run = Run.open(directory, make(built.config["tracker"]))
-    run.truncate_metrics(state["lines"])
+    run.truncate_metrics(state["record"]["lines"])
     return _fit(built, run, overrides)
 
 
@@ -237,7 +239,7 @@ def _train(config: DictConfig) -> tuple[int, float | None]:
         )
     tracker = make(built.config["tracker"])
     status = _fit(built, Run.create(built.config["run_dir"], built.config, tracker))
-    return status, built.em.best if math.isfinite(built.em.best) else None
+    return status, built.em.rating.best if math.isfinite(built.em.rating.best) else None
 
 
 def _check_model_from(config: DictConfig) -> None:
@@ -250,7 +252,7 @@ def _check_model_from(config: DictConfig) -> None:
 
 def _fit(built: Built, run: Run, overrides: Sequence[str] = ()) -> int:
     em = built.em
-    em.run = run
+    em.record.run = run
     print(built.data.describe())
     print(f"device {em.device}, run directory {run.path}", flush=True)
     again = shlex.join(["gfnem", f"resume={run.path}", *overrides])
@@ -260,11 +262,13 @@ def _fit(built: Built, run: Run, overrides: Sequence[str] = ()) -> int:
         print(f"interrupted; go on from the last checkpoint with: {again}")
         return INTERRUPTED
     if em.stopped:
-        done = f"{em.m_steps} of {em.total_m_steps} M-steps and {em.e_steps} E-steps"
+        done = f"{em.done.m_steps} of {em.limits.m_steps} M-steps and {em.done.e_steps} E-steps"
         print(f"stopped after {done}; go on with: {again}")
         return INTERRUPTED
-    if em.evaluator is not None:
-        print(f"the checkpoint of lowest {em.evaluator.selection}, {em.best:.4g}, is rated")
+    evaluator = em.rating.evaluator
+    if evaluator is not None:
+        selection = evaluator.selection(em.model)
+        print(f"the checkpoint of lowest {selection}, {em.rating.best:.4g}, is rated")
     shown = ("train/m_steps", "train/best_m_steps", "time/seconds")
     kept = {k: v for k, v in summary.items() if k in shown or k.startswith("test/")}
     for line in lines_of(kept):
@@ -273,8 +277,11 @@ def _fit(built: Built, run: Run, overrides: Sequence[str] = ()) -> int:
     return DONE
 
 
-def _is_complete(run: Run) -> bool:
-    """Whether the run's final evaluation is there."""
-    return (run.path / "summary.json").exists() and any(
-        key.startswith("test/") for key in run.summary()
-    )
+def _is_complete(run: Run, em: EM) -> bool:
+    """Whether the final evaluation is there, and not that of a run that went on since."""
+    if not (run.path / "summary.json").exists():
+        return False
+    summary = run.summary()
+    steps = em.done.m_steps, em.done.e_steps
+    at = summary.get("train/m_steps"), summary.get("train/e_steps")
+    return at == steps and any(key.startswith("test/") for key in summary)

@@ -358,5 +358,5 @@ def test_options_on_the_command_line(
 def test_a_number_may_stand_for_a_schedule(tiny_mixture: list[str]) -> None:
     given = ["posterior.m_step=gradient", "optimizer=dana", "optimizer.model.gamma3=0.1"]
     em = build(compose([*tiny_mixture, *given])).em
-    (group, *_) = em.model_trainer.optimizer.param_groups
+    (group, *_) = em.steps.model_trainer.optimizer.param_groups
     assert group["gamma3"] == 0.1 and group["decay"] == PowerLaw(1.0, -1.0, scale=8.0)
