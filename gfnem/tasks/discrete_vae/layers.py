@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import zip_longest
 
 import torch
@@ -50,11 +51,32 @@ def halvings(image: tuple[int, int], grid: tuple[int, int]) -> list[tuple[int, i
     ]
 
 
+def grid_of(image: tuple[int, int], grid: Sequence[int] | None) -> tuple[int, int]:
+    """The grid that is given, or else what halving an image leads to while 4 are left, or more.
+
+    Raises UserError for a grid that is no height and width.
+    """
+    if grid is None:
+        height, width = (
+            next(half for half in _halves(size) if (half + 1) // 2 < 4)
+            for size in image
+        )
+        return height, width
+    if len(grid) != 2 or min(grid) < 1:
+        raise UserError(f"model.grid={list(grid)}: give its height and width in codes")
+    return grid[0], grid[1]
+
+
 def _reachable(size: int) -> str:
+    return ", ".join(map(str, _halves(size)))
+
+
+def _halves(size: int) -> list[int]:
+    """A size, half of it, half of that and so on, down to 1, rounded up."""
     way = [size]
     while way[-1] > 1:
         way.append((way[-1] + 1) // 2)
-    return ", ".join(map(str, way))
+    return way
 
 
 def downwards(

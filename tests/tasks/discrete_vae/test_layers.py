@@ -11,9 +11,12 @@ from gfnem.tasks.discrete_vae.layers import (
     EachPixel,
     Spread,
     downwards,
+    grid_of,
     halvings,
     upwards,
 )
+from gfnem.tasks.discrete_vae.model import DiscreteVAE
+from gfnem.tasks.discrete_vae.policy import GridPolicy
 from tests.tasks.discrete_vae.tiny import make_model, make_policy
 
 WAYS = {
@@ -30,6 +33,25 @@ WAYS = {
 @pytest.mark.parametrize("image, grid", WAYS)
 def test_halvings(image, grid):
     assert halvings(image, grid) == WAYS[image, grid]
+
+
+@pytest.mark.parametrize(
+    "image, grid",
+    [
+        ((28, 28), (4, 4)),
+        ((32, 32), (4, 4)),
+        ((8, 8), (4, 4)),
+        ((24, 24), (6, 6)),
+        ((24, 100), (6, 4)),
+        ((20, 7), (5, 4)),
+        ((3, 1), (3, 1)),
+    ],
+)
+def test_the_grid_of_an_image_where_none_is_given(image, grid):
+    assert grid_of(image, None) == grid
+    assert halvings(image, grid)[-1] == grid
+    assert DiscreteVAE(1, *image).grid == grid
+    assert GridPolicy(1, *image).positions == grid[0] * grid[1]
 
 
 @pytest.mark.parametrize("image, grid", WAYS)
