@@ -58,8 +58,7 @@ def grid_of(image: tuple[int, int], grid: Sequence[int] | None) -> tuple[int, in
     """
     if grid is None:
         height, width = (
-            next(half for half in _halves(size) if (half + 1) // 2 < 4)
-            for size in image
+            next(half for half in _halves(size) if (half + 1) // 2 < 4) for size in image
         )
         return height, width
     if len(grid) != 2 or min(grid) < 1:
