@@ -24,3 +24,9 @@ def keep_freed_memory() -> bool:
     mallopt = ctypes.CDLL(None).mallopt
     settings = ((_TRIM_THRESHOLD, _NEVER), (_TOP_PAD, _GROW_BY), (_MMAP_MAX, 0))
     return all([mallopt(*setting) for setting in settings])
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, NumPy or PyTorch, on any device, asked for more memory than there is."""
+    told = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in told)
