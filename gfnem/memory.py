@@ -26,7 +26,14 @@ def keep_freed_memory() -> bool:
     return all([mallopt(*setting) for setting in settings])
 
 
+TOO_MUCH = (
+    "can't allocate memory",
+    "out of memory",
+    "Storage size calculation overflowed",
+    "Overflow when unpacking",  # a size of more than 64 bits
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether Python, NumPy or PyTorch, on any device, asked for more memory than there is."""
-    told = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
-    return isinstance(error, MemoryError) or any(text in str(error) for text in told)
+    return isinstance(error, MemoryError) or any(text in str(error) for text in TOO_MUCH)

@@ -31,8 +31,8 @@ def lines(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
 def test_a_german_treebank(tiny_run: list[str], capsys: pytest.CaptureFixture[str]):
     choose = random.Random(0).choice
     trees = [
-        f"(TOP (S (NP (ART Der) (NN {choose(['Hund', 'Mann'])})) (VVFIN {choose(['bellt', 'ruft'])})"
-        f"{choose(['', ' ($, ,) (ADV laut)'])}) ($. .))"
+        f"(TOP (S (NP (ART Der) (NN {choose(['Hund', 'Mann'])})) "
+        f"(VVFIN {choose(['bellt', 'ruft'])}){choose(['', ' ($, ,) (ADV laut)'])}) ($. .))"
         for _ in range(40)
     ]
     Path("tiger.mrg").write_text("\n".join(trees), encoding="utf-8")

@@ -31,13 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read the output has seen enough; nothing may be flushed to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return _failed(UserError("there is not enough memory: make models and batches smaller"))
     except OSError as error:
         # A full disk, a folder that may not be written: named by the error itself.
         return _failed(UserError(str(error)))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return _failed(UserError("there is not enough memory: make models and batches smaller"))
 
 
 def _main(arguments: list[str]) -> int:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from gfnem.errors import UserError
 
+MOST_BLOCKS = 1000
+
 
 class Residual(nn.Module):
     """x + f(x), f a 3 x 3 and a 1 x 1 convolution."""
@@ -90,7 +92,9 @@ def downwards(
         channels = width
     if channels != width:
         layers += [nn.Conv2d(channels, width, 1)]
-    layers += [*(Residual(width) for _ in range(blocks)), nn.ReLU(inplace=True)]
+    layers += _residuals(width, blocks)
+    # What a rectifier gives must stay as it is for its gradient.
+    layers += [nn.ReLU(inplace=blocks > 0)]
     return _network(layers)
 
 
@@ -104,7 +108,7 @@ def upwards(
 ) -> nn.Sequential:
     """From embeddings of a grid's positions to `outputs` numbers for each pixel."""
     layers: list[nn.Module] = [nn.Conv2d(embedding, width, 1)]
-    layers += [Residual(width) for _ in range(blocks)]
+    layers += _residuals(width, blocks)
     sizes = halvings(image, grid)[::-1]
     spread: Spread | None = None
     for smaller, larger in zip(sizes, sizes[1:], strict=False):
@@ -160,6 +164,12 @@ class EachPixel(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         each = input.permute(0, 2, 3, 1).unflatten(3, (self.pixels, -1))
         return super().forward(each).flatten(3).permute(0, 3, 1, 2)
+
+
+def _residuals(width: int, blocks: int) -> list[nn.Module]:
+    if blocks > MOST_BLOCKS:
+        raise UserError(f"blocks is {blocks}; it must be at most {MOST_BLOCKS}")
+    return [Residual(width) for _ in range(blocks)]
 
 
 def _network(layers: list[nn.Module]) -> nn.Sequential:

@@ -98,6 +98,14 @@ def test_no_blocks_and_more_blocks():
     assert [size - sizes[0] for size in sizes] == [0, 168, 3 * 168]
 
 
+def test_networks_without_residual_blocks_learn():
+    down = downwards(1, 4, 0, (8, 8), (4, 4))
+    down(torch.rand(2, 1, 8, 8)).sum().backward()
+    assert all(parameter.grad is not None for parameter in down.parameters())
+    with pytest.raises(UserError, match="^blocks is 1001; it must be at most 1000$"):
+        downwards(1, 4, 1001, (8, 8), (4, 4))
+
+
 @pytest.mark.parametrize("grid", [(3, 5), (4, 4), (29, 29)])
 def test_grids_that_halving_does_not_lead_to(grid):
     message = (
