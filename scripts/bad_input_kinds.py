@@ -298,7 +298,7 @@ TEXTS = {
     "empty brackets": b"()\n(())\n( ( ) ( ) )\n" * 5,
     "100,000 brackets opened": b"(" * 100_000,
     "100,000 brackets closed": b")" * 100_000,
-    "a tree 50,000 deep": b"(X " * 50_000 + b"(A a) (B b)" + b")" * 50_000,
+    "a tree 20,000 deep": b"(X " * 20_000 + b"(A a) (B b)" + b")" * 20_000,
     "a binary tree 3,000 deep": b"(X (A a) " * 3_000 + b"(B b)" + b")" * 3_000,
     "a word of 1,000,000 characters": GOOD.replace(b"dog", b"d" * 1_000_000),
     "a sentence of 20,000 words": b"(S " + b"(A a) " * 20_000 + b")",

@@ -34,7 +34,7 @@ from bad_input_kinds import RUNS, Kind, options, other_kinds, placed, write_good
 
 from gfnem.app.main import main as gfnem
 
-SECONDS, MEMORY = 30, 6 * 2**30
+SECONDS, MEMORY = 60, 6 * 2**30
 OUTPUT = "output.txt"
 ENDS = ("refused", "accepted", "traceback", "silent", "hang", "signal")
 FINE = ENDS[:2]

@@ -22,6 +22,8 @@ BEYOND = 2**70
         (["optimizer.model.lr=inf"], "optimizer.model.lr=inf: it must be finite"),
         ([f"seed={BEYOND}"], f"seed={BEYOND}: it must fit into 64 bits"),
         ([f"evaluator.lengths=[3,{BEYOND}]"], f"evaluator.lengths=[3, {BEYOND}]: it must fit into"),
+        (["em=null"], "em=None: only options of it can be set"),
+        ([f"seed={'9' * 5_000}"], f"'seed={'9' * 5_000}' is not of the form key=value"),
         (["threads=100000"], "threads is 100000; it must be at most 1024"),
         (
             ["data.train_sentences=1000000000"],
