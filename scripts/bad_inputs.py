@@ -34,7 +34,9 @@ from bad_input_kinds import RUNS, Kind, options, other_kinds, placed, write_good
 
 from gfnem.app.main import main as gfnem
 
-SECONDS, MEMORY = 60, 6 * 2**30
+# Of the CPU, which other programs do not take away, and ten times as long by the clock.
+SECONDS = 40
+MEMORY = 6 * 2**30
 OUTPUT = "output.txt"
 ENDS = ("refused", "accepted", "traceback", "silent", "hang", "signal")
 FINE = ENDS[:2]
@@ -94,7 +96,8 @@ def _run(kind: Kind, here: Path, prepared: Path) -> NoReturn:
 def _bound(here: Path, stdin: bytes | None) -> None:
     """Limit the process's time and memory, and lead its input and output to files."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(SECONDS)
+    signal.alarm(10 * SECONDS)
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.chdir(here)
@@ -114,7 +117,8 @@ def _bound(here: Path, stdin: bytes | None) -> None:
 def _end(status: int, output: str) -> str:
     """Which of ENDS an attempt came to."""
     if os.WIFSIGNALED(status):
-        return "hang" if os.WTERMSIG(status) == signal.SIGALRM else "signal"
+        late = os.WTERMSIG(status) in (signal.SIGALRM, signal.SIGXCPU)
+        return "hang" if late else "signal"
     if "Traceback" in output:
         return "traceback"
     if os.WEXITSTATUS(status) == 0:
