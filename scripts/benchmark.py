@@ -177,7 +177,9 @@ def ncfg(repeats: int) -> list[Row]:
         if latent == "shape":
             posterior = GFlowNetPosterior(policy)
         else:
-            posterior = GFlowNetPosterior(policy, partial(objectives.subtb, lamda=1.0), samples=1)
+            posterior = GFlowNetPosterior(
+                policy, objectives.SubTrajectoryBalance(lamda=1.0), samples=1
+            )
         row: Row = {"what": f"ncfg, chart, {latent}, {precision}"}
         row.update(iteration(model, posterior, source(), repeats))
         row["m_step alone"] = m_step_alone(model, posterior, source(), repeats)
@@ -261,7 +263,7 @@ def published(width: int, layers: int, precision: Precision, repeats: int) -> li
     )
     posterior = GFlowNetPosterior(
         policy,
-        partial(objectives.subtb, lamda=1.0),
+        objectives.SubTrajectoryBalance(lamda=1.0),
         samples=1,
         sleep=1.0,
         refinement=BackAndForth(steps=10),
@@ -359,7 +361,7 @@ def _published_vae(
 def _image_steps(prior: PriorName, precision: Precision, x: Images, repeats: int) -> Row:
     """One trajectory for each image with TB, as published, and the default of four with VarGrad."""
     model, policy = _published_vae(prior, "linear", precision)
-    one = GFlowNetPosterior(policy, objectives.tb, samples=1, sleep_samples=len(x))
+    one = GFlowNetPosterior(policy, objectives.TrajectoryBalance(), samples=1, sleep_samples=len(x))
     four = GFlowNetPosterior(policy, samples=4)
     # A rate of zero: a posterior that has learned a batch by heart draws few grids, which are
     # decoded once each.

@@ -17,7 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gfnem.errors import UserError
-from gfnem.gflownet.policy import Behaviour, Paths
+from gfnem.gflownet.paths import Paths
+from gfnem.gflownet.policy import Behaviour
 from gfnem.precision import Precision, check_precision, in_precision
 from gfnem.tasks.grammar.policies.env import Forest
 from gfnem.tasks.grammar.policies.forest import ForestPolicy, Latent
