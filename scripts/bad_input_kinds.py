@@ -643,7 +643,7 @@ OF_VERBS = {
         "generate": ["n=0", "n=-1", "n=nan", "n=inf", "n=1.5", f"n={BEYOND}", "n=1000000000000"]
         + ["seed=nosuch", f"seed={BEYOND}", "file=x", "checkpoint=3", "n=", "n=[1]"],
         "evaluate": ["split=nosuch", "split=3", "evaluator.samples=0", "evaluator.samples=nan"]
-        + [f"evaluator.samples={BEYOND}", "evaluator.iw_samples=1000000000000", "model.width=9"]
+        + [f"evaluator.samples={BEYOND}", "evaluator.iw_samples=0", "model.width=9"]
         + ["evaluator.batch_size=0", "evaluator.select=nosuch", "evaluator.lengths=[nosuch]"]
         + ["data.max_length=9", "data.train_sentences=30", "data=text", "data.seed=1"],
     },
