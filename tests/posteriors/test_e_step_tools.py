@@ -361,7 +361,7 @@ def test_options_that_make_no_posterior(options: dict[str, Any], message: str):
 def test_symbols_and_features_that_are_all_hidden(option: str):
     message = f"policy.{option} is 1.0; it must be at least 0 and below 1"
     with pytest.raises(UserError, match=f"^{message}$"):
-        make_policy("root_flow", "shape", **{option: 1.0})
+        make_policy("root_flow", "shape", **{option: 1.0})  # pyright: ignore
 
 
 def test_policies_whose_latents_cannot_be_kept():
