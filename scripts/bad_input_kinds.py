@@ -84,7 +84,7 @@ VARIANTS = {
     "images": IMAGES,
     "images, factors": [*SHORT, *OF_IMAGES, "posterior=mean_field"],
     "images, warm start": [*IMAGES, "warm_start=vq", "refinement=resampling"],
-    "images, folder": [*IMAGES, "data=image_folder", "data.dir=@/images"],
+    "images, folder": [*IMAGES, "data=image_folder", "data.dir=@/pictures"],
     "points": RUNS["points"],
     "points, factors": [*SHORT, *OF_POINTS, *POINTS, "posterior=mean_field"],
     "points, file": [*MIXTURE, "data=points", "data.file=@/points.csv"],
@@ -99,10 +99,10 @@ def write_good(folder: Path) -> None:
     (folder / "plain.txt").write_text("\n".join(sentences))
     (folder / "trees.mrg").write_bytes(trees(sentences))
     (folder / "points.csv").write_bytes(csv(good_points()))
-    (folder / "images").mkdir()
+    (folder / "pictures").mkdir()
     for number in range(12):
         drawn = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        Image.fromarray(drawn).save(folder / "images" / f"{number}.png")
+        Image.fromarray(drawn).save(folder / "pictures" / f"{number}.png")
 
 
 def trees(sentences: Sequence[str]) -> bytes:
@@ -443,7 +443,7 @@ PICTURES = {
 
 def with_images(content: bytes) -> Callable[[Path, Path], object]:
     def put(here: Path, prepared: Path) -> None:
-        shutil.copytree(prepared / "images", here / "own")
+        shutil.copytree(prepared / "pictures", here / "own")
         (here / "own" / "bad.png").write_bytes(content)
 
     return put
@@ -487,7 +487,7 @@ def images() -> Iterator[Kind]:
         ["data.height=1", "data.width=1"],
     ):
         name = " ".join(options_of_folder)
-        given = [*IMAGES, "data=image_folder", "data.dir=@/images", *options_of_folder]
+        given = [*IMAGES, "data=image_folder", "data.dir=@/pictures", *options_of_folder]
         yield Kind("images, folder", name, given)
     files = ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte")
     for bad, (name, content) in product(files, BYTES.items()):
