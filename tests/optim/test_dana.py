@@ -317,6 +317,8 @@ def test_what_cannot_be_used_is_refused(make: Any, options: dict[str, Any], mess
 def test_schedules_that_are_none_are_refused() -> None:
     with pytest.raises(UserError, match="^scale is 0; it must be above 0$"):
         PowerLaw(1.0, -1.0, scale=0)
+    with pytest.raises(UserError, match="^power is 11; it must lie between -10 and 10$"):
+        PowerLaw(1.0, 11)
     with pytest.raises(UserError, match="^trace is 0; it must be above 0$"):
         dana_constant(batch=1, dimension=2, trace=0)
     with pytest.raises(UserError, match="^dimension is 1; it must be above 1$"):

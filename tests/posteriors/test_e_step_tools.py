@@ -357,10 +357,11 @@ def test_options_that_make_no_posterior(options: dict[str, Any], message: str):
         setting("shape", **options)
 
 
-def test_symbols_that_are_all_hidden():
-    message = "policy.symbol_dropout is 1.0; it must be at least 0 and below 1"
+@pytest.mark.parametrize("option", ["dropout", "symbol_dropout"])
+def test_symbols_and_features_that_are_all_hidden(option: str):
+    message = f"policy.{option} is 1.0; it must be at least 0 and below 1"
     with pytest.raises(UserError, match=f"^{message}$"):
-        make_policy("root_flow", "shape", symbol_dropout=1.0)
+        make_policy("root_flow", "shape", **{option: 1.0})  # pyright: ignore
 
 
 def test_policies_whose_latents_cannot_be_kept():

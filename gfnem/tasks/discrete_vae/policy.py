@@ -22,7 +22,7 @@ from gfnem.tasks.discrete_vae.causal import CausalLinear
 from gfnem.tasks.discrete_vae.codes import Codes, distinct
 from gfnem.tasks.discrete_vae.env import GridEnv
 from gfnem.tasks.discrete_vae.images import Images
-from gfnem.tasks.discrete_vae.layers import downwards
+from gfnem.tasks.discrete_vae.layers import downwards, grid_of
 from gfnem.tasks.discrete_vae.model import DiscreteVAE
 
 
@@ -68,7 +68,7 @@ class GridPolicy(SequencePolicy):
         channels: int,
         height: int,
         width: int,
-        grid: Sequence[int] = (4, 4),
+        grid: Sequence[int] | None = None,
         codes: int = 8,
         embedding: int = 32,
         encoder_width: int = 32,
@@ -79,7 +79,8 @@ class GridPolicy(SequencePolicy):
         precision: Precision = "float32",
         compile: bool = False,
     ):
-        super().__init__(steps=grid[0] * grid[1])
+        rows, columns = grid_of((height, width), grid)
+        super().__init__(steps=rows * columns)
         for name, value, least in (
             ("encoder_width", encoder_width, 1),
             ("blocks", blocks, 0),
@@ -98,9 +99,7 @@ class GridPolicy(SequencePolicy):
         self.embedding = embedding
         self.logits = logits
         self.autoregressive = autoregressive
-        self.encoder = downwards(
-            channels, encoder_width, blocks, (height, width), (grid[0], grid[1])
-        )
+        self.encoder = downwards(channels, encoder_width, blocks, (height, width), (rows, columns))
         if compile:
             self.encoder.compile()
         self.projection: nn.Module = nn.Linear(

@@ -54,6 +54,9 @@ class TransformerPolicy(ForestPolicy):
         precision: Precision = "float32",
     ):
         super().__init__(nonterminals, preterminals, max_length, latent, backward, encoder_width)
+        for name, value, least in (("width", width, 1), ("layers", layers, 0), ("heads", heads, 1)):
+            if value < least:
+                raise UserError(f"policy.{name} is {value}; it must be at least {least}")
         if width % heads:
             raise UserError(f"policy.width={width} is not divisible by policy.heads={heads}")
         check_precision("policy", precision)
