@@ -270,7 +270,7 @@ class TestResume:
     def test_final_evaluation_that_was_killed_is_done_again(
         self, trained: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        run = shutil.copytree(trained, "run")
+        run = Path(shutil.copytree(trained, "run"))
         with monkeypatch.context() as patch:
             patch.setattr("gfnem.run.Run.write_summary", interrupted)
             assert main([f"resume={run}", "em.m_steps=6"]) == 130
