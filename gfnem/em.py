@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from signal import SIGINT
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,7 +64,7 @@ class EM:
     Attributes:
         limits: where training ends.
         rating: the latest evaluation and which was best.
-        stopped: whether training has ended before its limits.
+        stopped: the signal that has ended training before its limits; 0 where none has.
 
     Raises:
         UserError: parts or options that do not go together.
@@ -118,7 +119,7 @@ class EM:
             self.record,
         )
         self.networks = Networks(self.model, self.posterior, average)
-        self.stopped = False
+        self.stopped = 0
 
     def fit(self) -> Metrics:
         """Train to the end, or until interrupted; return the summary.
@@ -130,11 +131,11 @@ class EM:
             Diverged: too many updates in a row were not finite; the last good checkpoint is kept.
         """
         status = "failed"
-        self.stopped = False
+        self.stopped = 0
         try:
             with interruptible(self.stop):
                 self._train()
-            summary = self.record.conclude(self.networks, self.done, self.stopped)
+            summary = self.record.conclude(self.networks, self.done, bool(self.stopped))
             status = "stopped" if self.stopped else "finished"
             return summary
         except KeyboardInterrupt:
@@ -144,9 +145,9 @@ class EM:
             if self.record.run is not None:
                 self.record.run.finish(status)
 
-    def stop(self) -> None:
-        """End training after the batch at hand."""
-        self.stopped = True
+    def stop(self, signal: int = SIGINT) -> None:
+        """End training after the batch at hand, as that signal asks for."""
+        self.stopped = signal
 
     def evaluate(self, split: str, final: bool = False) -> Metrics:
         """Rate model and posterior on a split; training goes on as if it had not happened."""

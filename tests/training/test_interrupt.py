@@ -11,6 +11,7 @@ import pytest
 
 from gfnem.em import EM
 from gfnem.run import Run
+from gfnem.training.interrupt import SIGNALS
 from tests.training.tiny import (
     Mixture,
     Rater,
@@ -26,26 +27,39 @@ from tests.training.tiny import (
 
 @pytest.fixture
 def handlers() -> Iterator[list[Any]]:
-    """Those of SIGINT and SIGTERM, which nothing may change for good."""
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    """Those of all signals that are heard, which nothing may change for good."""
+    before = [signal.getsignal(number) for number in SIGNALS]
     yield before
-    after = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+    after = [signal.getsignal(number) for number in SIGNALS]
+    for number, handler in zip(SIGNALS, before, strict=True):
         signal.signal(number, handler)
     assert after == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_first_signal_ends_after_the_batch_at_hand(
     run: Run, told: Told, handlers: list[Any], number: signal.Signals
 ) -> None:
     posterior = Table()
     data = stopping(3, how=lambda: signal.raise_signal(number))
-    summary = EM(Mixture(), posterior, data, 100, run=run, evaluator=Rater()).fit()
+    em = EM(Mixture(), posterior, data, 100, run=run, evaluator=Rater())
+    summary = em.fit()
+    assert em.stopped == number
     assert posterior.order.endswith("m2 e3 m3")
     assert summary["train/m_steps"] == run.summary()["train/m_steps"] == 4
     assert run.load_checkpoint("last")["done"]["m_steps"] == 4
     assert told.ends == ["stopped"]
+
+
+def test_a_signal_that_is_ignored_stays_so(run: Run, handlers: list[Any]) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        data = stopping(3, how=lambda: signal.raise_signal(signal.SIGHUP))
+        em = EM(Mixture(), Table(), data, 6, run=run)
+        em.fit()
+    finally:
+        signal.signal(signal.SIGHUP, handlers[-1])
+    assert not em.stopped and em.done.m_steps == 6
 
 
 def test_signal_during_an_evaluation_lets_it_end(run: Run, handlers: list[Any]) -> None:
