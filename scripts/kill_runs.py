@@ -151,14 +151,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=20, help="of each kind")
+    parser.add_argument("--only", choices=KINDS, help="one kind of runs")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     given = parser.parse_args(arguments)
     random.seed(given.seed)
     torch.set_num_threads(1)
     failures = 0
     with tempfile.TemporaryDirectory() as folder:
-        for number, (name, options) in enumerate(KINDS.items()):
-            moments, wrong = try_kind(options, given.kills, Path(folder, str(number)))
+        for number, name in enumerate([given.only] if given.only else KINDS):
+            moments, wrong = try_kind(KINDS[name], given.kills, Path(folder, str(number)))
             told = ", ".join(f"{count} {moment}" for moment, count in sorted(moments.items()))
             print(f"{name}: {told}; {len(wrong)} things wrong", flush=True)
             for line in wrong:
