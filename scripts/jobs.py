@@ -16,6 +16,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
+import torch
+
 from gfnem.app.build import build
 from gfnem.app.composition import compose
 from gfnem.errors import UserError
@@ -24,9 +26,13 @@ from gfnem.posterior import Posterior
 from gfnem.run import Run
 from gfnem.run.compare import mean_and_deviation, result_texts
 from gfnem.run.finished import FinishedRun
+from gfnem.tasks.grammar.text.corpus import Corpus
+from gfnem.tasks.grammar.trees.f1 import SpanCounts
+from gfnem.tasks.grammar.trees.tree import Trees
 from gfnem.training.parts import Evaluator, Metrics
 
 INTERRUPTED = "interrupted"
+RIGHT_BRANCHING = "right-branching trees"
 TOTAL_SECONDS = "time/total_seconds"
 """In the summary of a job's run: all of it, the final evaluation too."""
 
@@ -147,6 +153,13 @@ def column(name: str, rows: Sequence[Sequence[Mapping[str, float]]]) -> list[str
             for seeds in rows
         ]
     )
+
+
+def right_branching_f1(corpus: Corpus) -> float:
+    """Sentence F1 of right-branching trees, in percent: what a table of F1 is held against."""
+    assert corpus.gold is not None
+    lengths = torch.tensor([len(sentence) for sentence in corpus.sentences])
+    return SpanCounts.of(Trees.right_branching(lengths), corpus.gold).sentence_f1
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], texts: int) -> str:

@@ -25,7 +25,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import torch
-from jobs import column, markdown
+from jobs import RIGHT_BRANCHING, column, markdown, right_branching_f1
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows.setdefault((len(run.data.train), run.text), []).append(numbers)
     rows = dict(sorted(rows.items()))
     given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "text_amount.md").write_text(table(rows))
+    (given.out / "text_amount.md").write_text(table(rows, right_branching_f1(runs[0].data.test)))
     figure(rows).savefig(given.out / "text_amount.png", dpi=100)
     print(f"written to {given.out}: {len(vocabulary) - 1:,} words are common to all runs")
     return 0
@@ -127,13 +127,14 @@ def merge(grammar: Grammar, own: Vocabulary, common: Vocabulary) -> Grammar:
     return grammar.with_emission(emission.log())
 
 
-def table(rows: dict[tuple[int, str], list[dict[str, float]]]) -> str:
-    """A row for each text; mean and deviation over seeds."""
+def table(rows: dict[tuple[int, str], list[dict[str, float]]], right_f1: float) -> str:
+    """A row for each text, mean and deviation over seeds, and one for right-branching trees."""
     columns = {name: column(name, list(rows.values())) for name in (NATS, F1)}
     lines = [
         [text, str(len(seeds)), f"{sentences:,}", columns[NATS][i], columns[F1][i]]
         for i, ((sentences, text), seeds) in enumerate(rows.items())
     ]
+    lines.append([RIGHT_BRANCHING, "", "", "", f"{right_f1:.1f}"])
     return markdown(["text", "seeds", SENTENCES, NATS, F1], lines, texts=1)
 
 

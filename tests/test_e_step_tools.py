@@ -54,5 +54,7 @@ def test_tables(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cells["gap, 400 E-steps"] == "2.50 ± 0.71"
     assert cells["best gap, training"] == "0.1000"
     assert cells["distinct trees, q"] == "–"
+    *_, last = script.table(jobs, {"gap": "", script.F1: ""}, right_f1=46.23).splitlines()
+    assert last == "| right-branching trees |  |  | 46.23 |"
     # Seconds of the lines are (1, 0, 7) and (2, 0, 6), for 20 and 300 E-steps.
     assert cells["ms per E-step |"] == "48 ± 16 |"

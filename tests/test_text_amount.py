@@ -13,7 +13,7 @@ from gfnem.app.main import main
 from gfnem.tasks.grammar.inference import inside
 from gfnem.tasks.grammar.rules.dense import DenseGrammar
 from gfnem.tasks.grammar.text.corpus import Vocabulary
-from tests.tasks.grammar.text.test_brown import write_corpora
+from tests.tasks.grammar.text.test_brown import read, write_corpora
 
 
 @pytest.fixture
@@ -44,6 +44,14 @@ def test_an_unknown_word_is_any_that_is_not_common(script: Any) -> None:
     torch.testing.assert_close(merged, torch.cat(every).logsumexp(0))
 
 
+def test_right_branching_trees(script: Any, tmp_path: Path) -> None:
+    write_corpora(tmp_path)
+    corpus = read(tmp_path, treebank_text=False).test
+    assert [len(sentence) for sentence in corpus.sentences] == [4, 4, 2]
+    # Of four words one of two spans is that of the gold tree, which has no other; two have one tree.
+    assert script.right_branching_f1(corpus) == pytest.approx(100 * (2 / 3 + 2 / 3 + 1) / 3)
+
+
 def test_runs_end_in_a_table_and_a_figure(
     script: Any, tmp_path: Path, tiny_run: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -64,6 +72,7 @@ def test_runs_end_in_a_table_and_a_figure(
     assert [line.split(" | ")[:3] for line in lines] == [
         ["| Brown's alone", "1", "2"],
         ["| the treebank's and Brown's", "1", "3"],
+        ["| right-branching trees", "", ""],
     ]
     assert (out / "text_amount.png").stat().st_size > 1000
     with pytest.raises(SystemExit):
