@@ -521,7 +521,7 @@ def rare_panel(axes: Axes, config: DictConfig, ratios: Cells) -> None:
     axes.axhspan(0.9, 1.1, color="#000000", alpha=0.08)
     axes.set(
         xscale="log",
-        yscale="log",
+        ylim=(0.8, 2),
         title="rare class: simulated / described",
         xlabel="learning rate / ((1 - momentum) batch)",
     )
