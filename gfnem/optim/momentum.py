@@ -92,8 +92,8 @@ class MomentumOptimizer(Optimizer, ABC):
         state["calls"] += 1
         if state["calls"] == WATCHED and bool((state["step"] == WATCHED).all()):
             warnings.warn(
-                f"all rows of a table of shape {tuple(p.shape)} had a gradient in each of {WATCHED} "
-                f"steps: lazy momentum is plain momentum there",
+                f"all rows of a table of shape {tuple(p.shape)} had a gradient in each of "
+                f"{WATCHED} steps: lazy momentum is plain momentum there",
                 stacklevel=3,
             )
 

@@ -103,6 +103,7 @@ def test_sgd_is_a_loop_over_rows(kind: str, nesterov: bool) -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.filterwarnings("ignore:all rows of a table")
 @pytest.mark.parametrize("optimizer_class", [DANA, SGD])
 def test_rows_that_are_always_active_have_ordinary_momentum(optimizer_class: Any) -> None:
     results = []
@@ -139,6 +140,7 @@ def test_rows_that_are_not_finite_are_seen() -> None:
     assert p.isfinite().tolist() == [[True, True], [True, False]]
 
 
+@pytest.mark.filterwarnings("ignore:all rows of a table")
 def test_steps_are_counted_in_half_precision() -> None:
     p = nn.Parameter(torch.zeros(1, 1, dtype=torch.bfloat16))
     optimizer = SGD([p], lr=0.0, lazy=True)
