@@ -45,10 +45,10 @@ OPTIMIZERS = {
     "DANA": ("optimizer=dana",),
 }
 RATES = {
-    "Adam": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2),
-    "momentum": (0.025, 0.05, 0.1, 0.2, 0.5),
-    "Nesterov": (0.025, 0.05, 0.1, 0.2, 0.5),
-    "DANA": (0.05, 0.1, 0.2, 0.5, 1.0),
+    "Adam": (1e-3, 2e-3, 5e-3, 1e-2),
+    "momentum": (0.05, 0.1, 0.2, 0.5),
+    "Nesterov": (0.05, 0.1, 0.2, 0.5),
+    "DANA": (0.1, 0.2, 0.5, 1.0),
 }
 COLORS = {"Adam": "#1f6fb4", "momentum": "#d1601f", "Nesterov": "#3a8f4d", "DANA": "#8a4fb0"}
 TUNED_WITH = 0
