@@ -413,7 +413,9 @@ def rare_table(config: DictConfig, ratios: Cells) -> str:
 
 
 def ratio_text(mean: float, deviation: float) -> str:
-    return f"{mean:.3f} ± {deviation:.3f}" if math.isfinite(mean) else "unstable"
+    if not math.isfinite(mean):
+        return "unstable"
+    return f"{mean:.3f} ± {deviation:.3f}" if mean < 100 else "over 100"
 
 
 def features_table(config: DictConfig, rng: np.random.Generator) -> str:

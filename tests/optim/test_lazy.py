@@ -207,12 +207,13 @@ def test_the_transformer_reads_words_that_wait(tiny_data: list[str], tiny_run: l
         "optimizer=sgd",
         "optimizer.posterior.lazy=true",
     ]
-    em = build(compose([*tiny_data, *tiny_run, *given])).em
+    built = build(compose([*tiny_data, *tiny_run, *given]))
+    em = built.em
     assert em.posterior_trainer is not None
     table = em.posterior.get_parameter("policy.word.weight")
     before = table.detach().clone()
     em.fit()
-    read = set(torch.cat(em.data.train.word_ids).tolist())
+    read = set(torch.cat(built.data.train.word_ids).tolist())
     moved = set((table != before).any(1).nonzero()[:, 0].tolist())
     assert moved and moved <= read
     (lazy, *others) = em.posterior_trainer.optimizer.param_groups
