@@ -12,8 +12,8 @@ alike; DANA has its published schedules. It ends in power_law.md and power_law.p
   along the eigenvectors for large d. z is the mean difference over runs in standard errors;
 - exponents of the risk above its floor, slopes of least squares on logarithms over a window, with
   95 % intervals of the bootstrap over draws of the features and runs;
-- the step from which on DANA's risk above the floor stays well below that of Polyak's momentum,
-  with its range over draws.
+- the longest stretch of steps with DANA's risk above the floor well below those of all three
+  others, with 95 % intervals of the bootstrap over draws.
 """
 
 from __future__ import annotations
@@ -290,14 +290,20 @@ def predicted(alpha: float, beta: float, method: str) -> float | None:
     return of_sgd * (2 - 1 / (2 * alpha)) if method == "DANA decaying" else of_sgd
 
 
-def left_at(
+def ahead(
     steps: np.ndarray, risks: Float[np.ndarray, "times methods"], method: str, below: float
-) -> float:
-    """The first step from which on a method stays well below momentum; infinite for none."""
-    momentum = risks[:, METHODS.index("momentum")]
-    inside = risks[:, METHODS.index(method)] < (1 - below) * momentum
-    since = len(steps) - int(np.argmin(inside[::-1])) if not inside.all() else 0
-    return float(steps[since]) if since < len(steps) else np.inf
+) -> tuple[float, float]:
+    """The longest stretch, on a logarithmic axis, with a method well below all three of SGD.
+
+    Its first step and the first step behind it; infinite for none.
+    """
+    inside = risks[:, METHODS.index(method)] < (1 - below) * risks[:, :3].min(1)
+    begin, end = np.flatnonzero(np.diff(np.pad(inside.astype(int), 1))).reshape(-1, 2).T
+    if not len(begin):
+        return np.inf, np.inf
+    longest = int(np.argmax(steps[end - 1] / steps[begin]))
+    behind = steps[end[longest]] if end[longest] < len(steps) else np.inf
+    return float(steps[begin[longest]]), float(behind)
 
 
 def interval(values: Sequence[Any] | np.ndarray) -> tuple[Any, Any]:
@@ -328,7 +334,7 @@ def main(config: DictConfig) -> None:
             problem, options = draw(d)
             steps = logarithmic(config.crossings.steps, 40)
             exact = recursion(problem, options, steps)
-            crossing_rows += crossings(alpha, beta, d, steps, exact, config.below)
+            crossing_rows += crossings(alpha, beta, d, steps, exact, config, rng)
             if d == config.large.d:
                 steps = logarithmic(config.large.steps)
                 simulated = along_eigenvectors(
@@ -384,15 +390,24 @@ def crossings(
     d: int,
     steps: np.ndarray,
     exact: Float[np.ndarray, "times draws methods"],
-    below: float,
+    config: DictConfig,
+    rng: np.random.Generator,
 ) -> list[list[str]]:
-    """A row for both kinds of DANA: when each leaves, for the mean of the draws and by draws."""
+    """A row for both kinds of DANA: when each leaves and is back, by the mean of the draws."""
+    draws = exact.shape[1]
     cells = []
     for method in METHODS[3:]:
-        mean = left_at(steps, exact.mean(1), method, below)
-        each = [left_at(steps, exact[:, i], method, below) for i in range(exact.shape[1])]
-        low, high = min(each), max(each)
-        cells.append(f"{step_text(mean)} ({step_text(low)} to {step_text(high)})")
+        found = [ahead(steps, exact.mean(1), method, config.below)]
+        for _ in range(config.resamples):
+            mean = exact[:, rng.integers(draws, size=draws)].mean(1)
+            found.append(ahead(steps, mean, method, config.below))
+        for end in range(2):
+            # Infinite numbers have no quantile between them and others.
+            values = np.sort([one[end] for one in found[1:]])
+            low, high = (values[int(q * (len(values) - 1))] for q in (0.025, 0.975))
+            mean = step_text(found[0][end])
+            between = f" ({step_text(low)} to {step_text(high)})"
+            cells.append(mean if low == high == found[0][end] else mean + between)
     return [[f"{alpha:g}, {beta:g}", f"{d:,}", *cells]]
 
 
@@ -446,7 +461,11 @@ def text(
         texts=2,
     )
     left = markdown(
-        ["alpha, beta", "d", *(f"{name} leaves at step" for name in METHODS[3:])],
+        [
+            "alpha, beta",
+            "d",
+            *(f"{name} {what} at step" for name in METHODS[3:] for what in ("leaves", "is back")),
+        ],
         crossing_rows,
         texts=1,
     )

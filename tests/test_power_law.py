@@ -27,19 +27,20 @@ def test_slopes_of_power_laws(study: Any) -> None:
 @pytest.mark.parametrize(
     ("shares", "expected"),
     [
-        ([0.9, 0.6, 0.6, 0.5], 20),
-        ([0.6, 0.9, 0.6, 0.5], 30),
-        ([0.6, 0.6, 0.6, 0.6], 10),
-        ([0.6, 0.6, 0.6, 0.8], np.inf),
+        ([0.9, 0.6, 0.6, 0.5], (20, np.inf)),
+        ([0.6, 0.9, 0.6, 0.5], (30, np.inf)),
+        ([0.6, 0.6, 0.6, 0.8], (10, 40)),
+        ([0.8, 0.8, 0.8, 0.8], (np.inf, np.inf)),
     ],
 )
-def test_dana_has_left_where_it_stays_below(
-    study: Any, shares: list[float], expected: float
+def test_where_dana_is_ahead_of_all_others(
+    study: Any, shares: list[float], expected: tuple[float, float]
 ) -> None:
     steps = np.array([10, 20, 30, 40])
     risks = np.ones((4, len(study.METHODS)))
+    risks[:, 2] = 2
     risks[:, study.METHODS.index("DANA constant")] = shares
-    assert study.left_at(steps, risks, "DANA constant", below=0.3) == expected
+    assert study.ahead(steps, risks, "DANA constant", below=0.3) == expected
 
 
 def test_all_methods_are_optimizers_that_the_recursion_describes(study: Any) -> None:
