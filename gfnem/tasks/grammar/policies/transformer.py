@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gfnem.errors import UserError
 from gfnem.gflownet.paths import Paths
 from gfnem.gflownet.policy import Behaviour
+from gfnem.optim import WordTable
 from gfnem.precision import Precision, check_precision, in_precision
 from gfnem.tasks.grammar.policies.env import Forest
 from gfnem.tasks.grammar.policies.forest import ForestPolicy, Latent
@@ -63,7 +64,7 @@ class TransformerPolicy(ForestPolicy):
         self.precision: Precision = precision
         # In a tuple, so that it is no submodule.
         self._rounding: tuple[int, JaggedTransformer] | None = None
-        self.word = nn.Embedding(vocabulary, width)
+        self.word = WordTable(vocabulary, width)
         self.label = nn.Embedding(self.symbols, width)
         self.position = nn.Embedding(max_length, width)
         self.compose = nn.Sequential(
