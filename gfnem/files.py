@@ -17,7 +17,13 @@ from pathlib import Path
 from gfnem.errors import UserError
 
 BYTE_ORDER_MARK = "\ufeff"
-UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+# A mark of UTF-32 begins like one of UTF-16, so it comes first.
+ENCODINGS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 
 def user_path(name: str | Path) -> Path:
@@ -44,17 +50,22 @@ def read_text(file: Path | zipfile.Path) -> str:
 
 
 def decoded(content: bytes, name: str) -> str:
-    """Text in UTF-8, or in UTF-16 after its byte order mark; see `read_text`.
+    """Text in UTF-8, or in UTF-16 or UTF-32 after its byte order mark; see `read_text`.
 
     name: of the text in messages.
 
-    Raises UserError for text that is neither, with the line.
+    Raises UserError for text that is neither, with the line. NUL, which no text has, is the sign of
+    UTF-16 without its mark.
     """
+    encoding = next((e for mark, e in ENCODINGS.items() if content.startswith(mark)), "utf-8")
     try:
-        text = content.decode("utf-16" if content.startswith(UTF_16) else "utf-8")
+        text = content.decode(encoding)
+        wrong = text.find("\0")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{name}, line {line}: not UTF-8 text; convert the file") from None
+        text, wrong = content.decode("latin-1"), error.start
+    if wrong >= 0:
+        line = text.count("\n", 0, wrong) + 1
+        raise UserError(f"{name}, line {line}: not UTF-8 text; convert the file")
     # Files put behind one another have marks in the middle.
     return re.sub("\r\n?", "\n", text.replace(BYTE_ORDER_MARK, ""))
 

@@ -24,3 +24,16 @@ def keep_freed_memory() -> bool:
     mallopt = ctypes.CDLL(None).mallopt
     settings = ((_TRIM_THRESHOLD, _NEVER), (_TOP_PAD, _GROW_BY), (_MMAP_MAX, 0))
     return all([mallopt(*setting) for setting in settings])
+
+
+TOO_MUCH = (
+    "can't allocate memory",
+    "out of memory",
+    "Storage size calculation overflowed",
+    "Overflow when unpacking",  # a size of more than 64 bits
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, NumPy or PyTorch, on any device, asked for more memory than there is."""
+    return isinstance(error, MemoryError) or any(text in str(error) for text in TOO_MUCH)

@@ -14,6 +14,7 @@ from torch import nn
 from gfnem.errors import UserError
 
 Precision = Literal["float32", "bfloat16"]
+MatmulPrecision = Literal["highest", "high", "medium"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +55,14 @@ def _warn_once() -> None:
     )
 
 
+def check_matmul_precision(precision: str) -> None:
+    """Raise UserError for a precision of training that is none."""
+    if precision not in ("highest", "high", "medium"):
+        raise UserError(f"em.matmul_precision is {precision!r}; use 'highest', 'high' or 'medium'")
+
+
 @contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
+def matmul_precision(precision: MatmulPrecision) -> Iterator[None]:
     """Of products of float32 matrices; see `torch.set_float32_matmul_precision`."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)

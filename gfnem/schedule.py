@@ -11,7 +11,13 @@ from gfnem.errors import UserError
 
 
 class Schedule(ABC):
-    """Asked before each of the two steps on every batch, told after each of them."""
+    """Asked before each of the two steps on every batch, told after each of them.
+
+    Attributes:
+        warmup: E-steps before the first M-step, where that is known.
+    """
+
+    warmup = 0
 
     @abstractmethod
     def e_step_due(self) -> bool:
@@ -57,6 +63,7 @@ class Alternation(Schedule):
             )
         self.e_steps = e_steps
         self.m_steps = m_steps
+        self.warmup = warmup_e_steps
         self.e_left = e_steps + warmup_e_steps
         self.m_left = m_steps
 

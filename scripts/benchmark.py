@@ -177,7 +177,9 @@ def ncfg(repeats: int) -> list[Row]:
         if latent == "shape":
             posterior = GFlowNetPosterior(policy)
         else:
-            posterior = GFlowNetPosterior(policy, partial(objectives.subtb, lamda=1.0), samples=1)
+            posterior = GFlowNetPosterior(
+                policy, objectives.SubTrajectoryBalance(lamda=1.0), samples=1
+            )
         row: Row = {"what": f"ncfg, chart, {latent}, {precision}"}
         row.update(iteration(model, posterior, source(), repeats))
         row["m_step alone"] = m_step_alone(model, posterior, source(), repeats)
@@ -261,7 +263,7 @@ def published(width: int, layers: int, precision: Precision, repeats: int) -> li
     )
     posterior = GFlowNetPosterior(
         policy,
-        partial(objectives.subtb, lamda=1.0),
+        objectives.SubTrajectoryBalance(lamda=1.0),
         samples=1,
         sleep=1.0,
         refinement=BackAndForth(steps=10),
@@ -359,7 +361,7 @@ def _published_vae(
 def _image_steps(prior: PriorName, precision: Precision, x: Images, repeats: int) -> Row:
     """One trajectory for each image with TB, as published, and the default of four with VarGrad."""
     model, policy = _published_vae(prior, "linear", precision)
-    one = GFlowNetPosterior(policy, objectives.tb, samples=1, sleep_samples=len(x))
+    one = GFlowNetPosterior(policy, objectives.TrajectoryBalance(), samples=1, sleep_samples=len(x))
     four = GFlowNetPosterior(policy, samples=4)
     # A rate of zero: a posterior that has learned a batch by heart draws few grids, which are
     # decoded once each.
@@ -488,7 +490,6 @@ class _Reach:
     rate: says how many nats a model needs.
     """
 
-    selection = "valid/nll"
     em: EM
 
     def __init__(self, rate: Callable[[Any], float], target: float):
@@ -503,10 +504,13 @@ class _Reach:
         began = time.perf_counter()
         self.nats = self.rate(model)
         if not self.at and self.nats <= self.target:
-            self.seconds, self.at = self.em.seconds - self.spent, self.em.m_steps
-            self.em.total_m_steps = self.em.m_steps
+            self.seconds, self.at = self.em.done.seconds - self.spent, self.em.done.m_steps
+            self.em.stop()
         self.spent += time.perf_counter() - began
-        return {self.selection: self.nats}
+        return {self.selection(model): self.nats}
+
+    def selection(self, model: Any) -> str:
+        return "valid/nll"
 
     def report(self, model: Any, posterior: Any, run: Any) -> None:
         """Nothing to report: figures are this script's."""

@@ -61,8 +61,8 @@ class Job:
         try:
             built = build(compose((*self.overrides, f"run_dir={self.directory}")))
             # A report's figures, one set for each run, would take longer than all else.
-            built.em.evaluator = Unreported(built.em.evaluator)
-            run = built.em.run = Run.create(self.directory, built.config)
+            built.em.rating.evaluator = Unreported(built.em.rating.evaluator)
+            run = built.em.record.run = Run.create(self.directory, built.config)
             with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
                 summary = built.em.fit()
         except UserError as error:
@@ -84,10 +84,7 @@ class Unreported:
     def __call__(
         self, model: LatentVariableModel, posterior: Posterior, split: str, final: bool = False
     ) -> Metrics:
-        metrics = self.evaluator(model, posterior, split, final)
-        # It may turn out with the first model which number there is to select by.
-        self.selection = self.evaluator.selection
-        return metrics
+        return self.evaluator(model, posterior, split, final)
 
     def report(self, model: LatentVariableModel, posterior: Posterior, run: Run) -> None:
         """Nothing."""

@@ -130,20 +130,20 @@ class Rated:
             )
         except UserError as error:
             return str(error)
-        em, evaluator = built.em, built.em.evaluator
+        em, evaluator = built.em, built.em.rating.evaluator
         lines = []
         for point in self.points:
             if point:
                 # The clock stands still between one fit and the next.
-                em.evaluator, em.max_seconds = None, point
+                em.rating.evaluator, em.limits.seconds = None, point
                 em.fit()
                 if em.stopped:
                     return INTERRUPTED
-            em.evaluator = evaluator
+            em.rating.evaluator = evaluator
             # Draws of the exact posterior cost much and never change.
             rated = em.evaluate("valid", final=point == self.points[-1])
             kept = {name: rated[name] for name in (GAP, DISTINCT, EXACT) if name in rated}
-            lines.append({"seconds": point, "e_steps": em.e_steps, **kept})
+            lines.append({"seconds": point, "e_steps": em.done.e_steps, **kept})
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.write_text(json.dumps(lines, indent=1))
         return None

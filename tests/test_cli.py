@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -22,11 +23,12 @@ from nltk import Tree
 
 import gfnem
 from gfnem.app.main import main
-from gfnem.em import EM
+from gfnem.run.lock import alone
 from gfnem.tasks.discrete_vae.evaluate import DiscreteVAEEvaluator
 from gfnem.tasks.grammar.evaluate import GrammarEvaluator
 from gfnem.tasks.grammar.text import sources as data
 from gfnem.tasks.mixture.evaluate import MixtureEvaluator
+from gfnem.training.steps import Steps
 
 GFLOWNET = ["schedule.warmup_e_steps=2", "policy.width=8"]
 
@@ -165,7 +167,7 @@ class TestTrain:
         configs = [yaml.safe_load(Path("sweep", job, "config.yaml").read_text()) for job in jobs]
         assert [config["seed"] for config in configs] == [3, 4]
         assert {config["objective"]["_target_"] for config in configs} == {
-            "gfnem.gflownet.objectives.db"
+            "gfnem.gflownet.objectives.DetailedBalance"
         }
         assert all("hydra" not in config for config in configs)
 
@@ -207,19 +209,30 @@ class TestTrain:
         assert yaml.safe_load(capsys.readouterr().out)["em"]["log_every"] == 7
 
 
-def interrupt(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run that gets a Ctrl-C in its third M-step."""
-    m_step = EM._m_step
+@contextmanager
+def stopped_by(number: signal.Signals) -> Iterator[None]:
+    """Runs get a signal in their third M-step."""
+    m_step = Steps.m_step
 
-    def interrupting(em: EM, *arguments) -> None:
-        if em.m_steps == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        m_step(em, *arguments)
+    def interrupting(steps: Steps, *arguments) -> None:
+        if steps.done.m_steps == 2:
+            os.kill(os.getpid(), number)
+        m_step(steps, *arguments)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(EM, "_m_step", interrupting)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Steps, "m_step", interrupting)
+        yield
+
+
+def interrupt(tiny: list[str]) -> Path:
+    """A run that gets a Ctrl-C."""
+    with stopped_by(signal.SIGINT):
         assert main([*tiny, "run_dir=stopped"]) == 130
     return Path("stopped")
+
+
+def interrupted(*arguments) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.usefixtures("no_report")
@@ -227,8 +240,8 @@ class TestResume:
     def test_is_as_if_it_had_never_stopped(
         self, tiny: list[str], trained: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        interrupted = interrupt(tiny, monkeypatch)
-        assert state_of(interrupted, "last")["counters"]["m_steps"] == 3
+        interrupted = interrupt(tiny)
+        assert state_of(interrupted, "last")["done"]["m_steps"] == 3
         assert main([f"resume={interrupted}"]) == 0
         assert_same(read_metrics(interrupted), read_metrics(trained))
         for which in ("last", "best"):
@@ -244,7 +257,7 @@ class TestResume:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        interrupt(tiny, monkeypatch)
+        interrupt(tiny)
         last = capsys.readouterr().out.splitlines()[-1]
         done = "stopped after 3 of 4 M-steps and 5 E-steps"
         assert last == f"{done}; go on with: gfnem resume=stopped"
@@ -262,6 +275,48 @@ class TestResume:
         assert out.count("\n") == 1
         assert "is finished, with 4 M-steps" in out
         assert (trained / "metrics.jsonl").read_text() == before
+
+    def test_run_that_was_killed_before_its_first_checkpoint(
+        self, tiny: list[str], trained: Path
+    ) -> None:
+        run = Path(shutil.copytree(trained, "run"))
+        for path in (run / "summary.json", *(run / "checkpoints").iterdir()):
+            path.unlink()
+        os.truncate(run / "metrics.jsonl", 0)
+        assert main([f"resume={run}"]) == 0
+        assert_same(read_metrics(run), read_metrics(trained))
+        assert_same(state_of(run, "best"), state_of(trained, "best"))
+
+    def test_damaged_checkpoint(self, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        run = Path(shutil.copytree(trained, "run"))
+        (run / "checkpoints" / "last.pt").write_bytes(b"damaged")
+        line = failing([f"resume={run}"], capsys)
+        assert line.endswith("there is another one, for checkpoint=best")
+        assert main([f"resume={run}", "checkpoint=best"]) == 0
+        assert_same(read_metrics(run), read_metrics(trained))
+
+    def test_another_process_is_at_it(
+        self, trained: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with alone(trained):
+            line = failing([f"resume={trained}", "em.m_steps=9"], capsys)
+        assert line.startswith(f"gfnem: another process is training {trained}: wait")
+
+    def test_a_terminal_that_hangs_up(self, tiny: list[str]) -> None:
+        with stopped_by(signal.SIGHUP):
+            assert main([*tiny, "run_dir=run"]) == 128 + signal.SIGHUP
+        assert main(["resume=run"]) == 0
+
+    def test_final_evaluation_that_was_killed_is_done_again(
+        self, trained: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run = Path(shutil.copytree(trained, "run"))
+        with monkeypatch.context() as patch:
+            patch.setattr("gfnem.run.Run.write_summary", interrupted)
+            assert main([f"resume={run}", "em.m_steps=6"]) == 130
+        assert json.loads((run / "summary.json").read_text())["train/m_steps"] == 4
+        assert main([f"resume={run}"]) == 0
+        assert json.loads((run / "summary.json").read_text())["train/m_steps"] == 6
 
     def test_prints_its_configuration(
         self, trained: Path, capsys: pytest.CaptureFixture[str]
@@ -288,8 +343,8 @@ class TestImages:
         ]
         monkeypatch.setattr(DiscreteVAEEvaluator, "report", lambda *arguments: None)
         assert main([*options, "run_dir=whole"]) == 0
-        stopped = interrupt(options, monkeypatch)
-        assert state_of(stopped, "last")["counters"]["m_steps"] == 3
+        stopped = interrupt(options)
+        assert state_of(stopped, "last")["done"]["m_steps"] == 3
         early = json.loads((stopped / "summary.json").read_text())
         assert early["train/m_steps"] == 3 and "test/nll" not in early
         assert main([f"resume={stopped}"]) == 0
@@ -876,9 +931,20 @@ def test_full_disk(
     def write(*arguments, **options) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "summary.json")
 
-    monkeypatch.setattr(EM, "evaluate", write)
+    monkeypatch.setattr("gfnem.em.EM.evaluate", write)
     line = failing(["evaluate", f"run={trained}"], capsys)
     assert line == "gfnem: [Errno 28] No space left on device: 'summary.json'"
+
+
+def test_full_disk_in_training(
+    tiny: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    line = failing([*tiny, "run_dir=run"], capsys)
+    assert "No space left on device" in line
 
 
 def test_text_that_is_not_utf8(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -127,9 +127,9 @@ def test_option(
         overrides = ["device=cpu", f"{group}={option}", *few, "policy.width=8"]
         if group == "model":
             overrides.append("data=random_grammar")
-    elif (group, option) == ("experiment", "brown"):
+    elif (group, option) in (("experiment", "brown"), ("experiment", "grammar_optim")):
         write_corpora(Path())
-        overrides = ["device=cpu", *tiny_run, "experiment=brown", "data.dir=.", "policy.width=8"]
+        overrides = ["device=cpu", *tiny_run, f"{group}={option}", "data.dir=.", "policy.width=8"]
     elif group == "data" and option != "toy_english":
         overrides = ["device=cpu", *tiny_run, f"data={option}"]
         if option == "brown":

@@ -19,6 +19,7 @@ from gfnem.files import find_files, read_input, read_text, user_path
         (b"a\n\xef\xbb\xbfb\n", "a\nb\n"),  # two files, one behind the other
         ("é b\n".encode("utf-16"), "é b\n"),
         ("é b\n".encode("utf-16-be").join([b"\xfe\xff", b""]), "é b\n"),
+        ("é b\n".encode("utf-32"), "é b\n"),
         (b"old\rMac\r", "old\nMac\n"),
         ("a\u2028b\x0cc\x85d\n".encode(), "a\u2028b\x0cc\x85d\n"),
     ],
@@ -34,9 +35,14 @@ def test_text_whatever_its_marks_and_line_ends(
         assert read_input(name) == text
 
 
-def test_the_line_that_is_not_utf_8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    "content", [b"the\ncaf\xe9\n", b"the\nca\0f\n", "\nwithout a mark".encode("utf-16-le")]
+)
+def test_the_line_that_is_not_utf_8(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     file = tmp_path / "own.txt"
-    file.write_bytes(b"the\ncaf\xe9\n")
+    file.write_bytes(content)
     for read, name in ((read_text, file), (read_input, str(file))):
         with pytest.raises(UserError, match=r"own.txt, line 2: not UTF-8 text; convert the file$"):
             read(name)  # pyright: ignore

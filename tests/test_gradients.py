@@ -47,8 +47,12 @@ def test_noise_of_given_gradients():
     assert posterior.weight.grad is None
 
 
-@pytest.mark.parametrize("objective, silent", [("vargrad", True), ("forward_kl", False)])
-def test_balances_have_no_noise_at_the_exact_posterior(objective: str, silent: bool):
+@pytest.mark.parametrize(
+    "objective, silent", [(objectives.VarGrad(), True), (objectives.ForwardKL(), False)]
+)
+def test_balances_have_no_noise_at_the_exact_posterior(
+    objective: objectives.Objective, silent: bool
+):
     """Components that all lie at one place are equally likely, and so they are to a policy whose
     last layers are zero.
     """
@@ -57,7 +61,7 @@ def test_balances_have_no_noise_at_the_exact_posterior(objective: str, silent: b
     for head in (policy.supercluster, policy.petal):
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
-    posterior = GFlowNetPosterior(policy, getattr(objectives, objective))
+    posterior = GFlowNetPosterior(policy, objective)
     found = gradient_noise(model, posterior, points(4), 8)
     assert (found["gradient_variance"] < 1e-10) == silent
 
@@ -72,7 +76,7 @@ def test_state_flows_do_not_count():
         with torch.no_grad():
             policy.flow.weight.mul_(scale)
         torch.manual_seed(1)
-        posterior = GFlowNetPosterior(policy, objectives.reverse_kl)
+        posterior = GFlowNetPosterior(policy, objectives.ReverseKL())
         noise.append(gradient_noise(model, posterior, x, 4))
         counted = {id(p) for p in posterior.sampling_parameters()}
         assert not counted & {id(p) for p in policy.flow_parameters()}

@@ -48,7 +48,7 @@ def test_right_branching_trees(script: Any, tmp_path: Path) -> None:
     write_corpora(tmp_path)
     corpus = read(tmp_path, treebank_text=False).test
     assert [len(sentence) for sentence in corpus.sentences] == [4, 4, 2]
-    # Of four words one of two spans is that of the gold tree, which has no other; two have one tree.
+    # Of four words, one of two spans is that of the gold tree, its only one; two have one tree.
     assert script.right_branching_f1(corpus) == pytest.approx(100 * (2 / 3 + 2 / 3 + 1) / 3)
 
 

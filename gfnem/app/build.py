@@ -16,6 +16,7 @@ from gfnem.app.options import POSTERIOR_PARTS, resolve
 from gfnem.app.signatures import annotations_of
 from gfnem.em import EM
 from gfnem.errors import UserError
+from gfnem.optim import lazy_groups
 from gfnem.run import Run
 
 
@@ -46,9 +47,9 @@ def build(config: DictConfig) -> Built:
     if resolved.get("warm_start"):
         posterior = make(resolved["warm_start"], then=posterior)
     optimizers = {
-        f"{network}_optimizer": _optimizer(options, f"optimizer.{network}")
-        for network, options in resolved["optimizer"].items()
-        if options is not None
+        f"{name}_optimizer": _optimizer(options, f"optimizer.{name}", network)
+        for name, network in {"model": model, "posterior": posterior}.items()
+        if (options := resolved["optimizer"].get(name)) is not None
     }
     schedule = make(resolved["schedule"]) if resolved.get("schedule") else None
     evaluator = make(resolved["evaluator"], data=data) if resolved.get("evaluator") else None
@@ -120,20 +121,21 @@ def _parts(data: Any, resolved: dict[str, Any], names: Sequence[str]) -> dict[st
     return {name: _make_for(data, resolved[name]) for name in names if resolved.get(name)}
 
 
-def _optimizer(options: dict[str, Any], path: str) -> Any:
-    """The factory of an optimizer, tried out: it alone knows which values it takes.
+def _optimizer(options: dict[str, Any], path: str, network: nn.Module) -> Any:
+    """The factory of a network's optimizer, tried out: it alone knows which values it takes.
 
-    It raises UserError for parameters that the optimizer cannot take.
+    It raises UserError for parameters that the optimizer cannot take. Lazy momentum is that of
+    tables of words.
     """
     factory = make(options)
 
     def optimizer(groups: Any) -> torch.optim.Optimizer:
         try:
-            return factory(groups)
+            return factory(lazy_groups(groups, network) if options.get("lazy") else groups)
         except ValueError as error:
             raise UserError(f"{path}: {error}") from None
 
-    optimizer([nn.Parameter(torch.zeros(1, 1))])
+    optimizer([{"params": [nn.Parameter(torch.zeros(1, 1))]}])
     return optimizer
 
 

@@ -12,6 +12,7 @@ from gfnem.app.arguments import Command
 from gfnem.app.loggers import let_loggers_speak
 from gfnem.app.status import DONE, INTERRUPTED, USER_ERROR
 from gfnem.errors import UserError
+from gfnem.memory import is_out_of_memory
 
 # What is heavy to import is imported where it is needed, so that help and errors come at once.
 
@@ -33,6 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         # A full disk, a folder that may not be written: named by the error itself.
         return _failed(UserError(str(error)))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return _failed(UserError("there is not enough memory: make models and batches smaller"))
 
 
 def _main(arguments: list[str]) -> int:

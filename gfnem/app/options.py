@@ -19,6 +19,8 @@ from gfnem.run.patterns import USUAL, patterns_for
 # The parts that a posterior may take beside its own options; a model's are the task's.
 POSTERIOR_PARTS = ("policy", "objective", "local_search", "refinement")
 
+NEEDED = ("data", "model", "posterior", "optimizer", "em", "tracker")
+
 
 def resolve(config: DictConfig) -> dict[str, Any]:
     """The configuration as plain values.
@@ -51,7 +53,7 @@ def _check(resolved: dict[str, Any], raw: dict[str, Any]) -> None:
         patterns_for(resolved, purpose)
     for part in (*PARTS, *model_parts(resolved)):
         options = resolved.get(part)
-        if options is None:
+        if options is None and part not in NEEDED:
             continue
         if not isinstance(options, dict):
             raise UserError(f"{part}={options}: only options of it can be set, {part}.KEY=VALUE")

@@ -31,7 +31,7 @@ def parsed(override: str) -> Override:
     """Raises UserError for what Hydra cannot read."""
     try:
         return OverridesParser.create().parse_override(override)
-    except HydraException as error:
+    except (HydraException, ValueError) as error:  # a number of thousands of digits
         raise UserError(
             f"{override!r} is not of the form key=value, or its value needs quotes of its own, "
             f"as in \"key='a,b'\" ({line_of(error)})"

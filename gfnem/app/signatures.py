@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -83,6 +84,16 @@ def check_type(value: Any, annotation: Any, where: str) -> None:
     if not fits(plain, annotation):
         shown = "null" if value is None else value
         raise UserError(f"{where}={shown}: it must be {described(annotation)}")
+    check_numbers(plain, where)
+
+
+def check_numbers(value: Any, where: str) -> None:
+    """Raise UserError for a number, alone or in a list, that no option of any part can use."""
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, float) and not math.isfinite(number):
+            raise UserError(f"{where}={value}: it must be finite")
+        if isinstance(number, int) and not -(2**63) <= number < 2**63:
+            raise UserError(f"{where}={value}: it must fit into 64 bits")
 
 
 def described(annotation: Any) -> str:

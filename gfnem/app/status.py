@@ -6,3 +6,4 @@ FAILED = 1
 USER_ERROR = 2
 """Something that was given cannot be used, as one line on standard error says."""
 INTERRUPTED = 130
+"""By Ctrl-C; any other signal has 128 and its number."""

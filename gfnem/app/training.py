@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gfnem.app.arguments import Command
 from gfnem.app.composition import Sweep, check_overrides, compose, compose_stored
+from gfnem.app.console import lasting_console
 from gfnem.app.folders import config_folder
 from gfnem.app.loggers import let_loggers_speak
 from gfnem.app.overrides import in_quotes, line_of, quoted
@@ -33,7 +34,10 @@ from gfnem.errors import UserError
 # What imports torch is imported where it is needed, so that mistakes are told at once.
 if TYPE_CHECKING:
     from gfnem.app.build import Built
+    from gfnem.em import EM
     from gfnem.run import Run
+
+Checkpoint = Literal["last", "best"]
 
 # A checkpoint holds what these options made: whoever reads it cannot change them.
 KEPT = (
@@ -60,7 +64,7 @@ def start(command: Command) -> int:
 
     Raises UserError for what cannot be used, before anything is trained.
     """
-    own, given = split(command.given, {"resume": str})
+    own, given = split(command.given, {"resume": str, "checkpoint": Checkpoint})
     for argument in given:
         if "=" not in argument and not argument.startswith("~"):
             raise UserError(f"{argument!r} is not of the form key=value: see gfnem --help")
@@ -69,7 +73,10 @@ def start(command: Command) -> int:
     if "resume" in own:
         if multirun or command.config_dir is not None:
             raise UserError("resume=DIR goes with neither --multirun nor --config-dir")
-        return resume(Path(own["resume"]), given, "--cfg" in command.flags)
+        which = own.get("checkpoint", "last")
+        return resume(Path(own["resume"]), given, which, "--cfg" in command.flags)
+    if "checkpoint" in own:
+        raise UserError("checkpoint=last|best goes with resume=DIR, or with what a run is for")
     overrides = quoted(given, multirun)
     if multirun:
         return _sweep(command, overrides)
@@ -122,7 +129,12 @@ def train(config: DictConfig) -> float | None:
     return best
 
 
-def resume(directory: Path, overrides: Sequence[str], print_config: bool = False) -> int:
+def resume(
+    directory: Path,
+    overrides: Sequence[str],
+    which: Checkpoint = "last",
+    print_config: bool = False,
+) -> int:
     """Go on with a run that was stopped, or train it longer; returns the exit status."""
     from gfnem.run import Run
 
@@ -133,20 +145,31 @@ def resume(directory: Path, overrides: Sequence[str], print_config: bool = False
     if print_config:
         print(OmegaConf.to_yaml(config), end="")
         return DONE
-    from gfnem.app.build import build, make
+    from gfnem.run.lock import alone
 
-    state = stored.load_checkpoint("last")
+    with alone(directory):
+        return _go_on(stored, config, overrides, which)
+
+
+def _go_on(stored: Run, config: DictConfig, overrides: Sequence[str], which: Checkpoint) -> int:
+    from gfnem.app.build import build, make
+    from gfnem.run import Run
+
+    # A run that was killed before its first checkpoint begins again.
+    state = stored.load_checkpoint(which) if stored.has_checkpoints else None
     built = build(config)
     em = built.em
-    em.load_state_dict(state)
-    if em.finished and _is_complete(stored):
+    if state is not None:
+        em.load_state_dict(state)
+    if em.finished and _is_complete(stored, em):
+        steps = f"{em.done.m_steps} M-steps and {em.done.e_steps} E-steps"
         print(
-            f"{directory} is finished, with {em.m_steps} M-steps and {em.e_steps} E-steps: "
+            f"{stored.path} is finished, with {steps}: "
             "raise em.m_steps (or what else ended it) to go on"
         )
         return DONE
-    run = Run.open(directory, make(built.config["tracker"]))
-    run.truncate_metrics(state["lines"])
+    run = Run.open(stored.path, make(built.config["tracker"]))
+    run.truncate_metrics(0 if state is None else state["record"]["lines"])
     return _fit(built, run, overrides)
 
 
@@ -217,7 +240,7 @@ def _job(config: DictConfig, hydra_config: DictConfig) -> float | None:
         keep_error(directory, error)
         print(f"job {hydra_config.job.num} failed: {told(directory)}", flush=True)
         return None
-    if status == INTERRUPTED:
+    if status > 128:
         raise KeyboardInterrupt
     return best
 
@@ -227,6 +250,7 @@ def _train(config: DictConfig) -> tuple[int, float | None]:
     _check_model_from(config)
     from gfnem.app.build import build, make
     from gfnem.run import Run
+    from gfnem.run.lock import alone
 
     built = build(config)
     given = built.em.model.is_truth or built.config["model_from"] is not None
@@ -236,8 +260,10 @@ def _train(config: DictConfig) -> tuple[int, float | None]:
             "or a model that is the truth of its data, such as model.start=truth of a mixture"
         )
     tracker = make(built.config["tracker"])
-    status = _fit(built, Run.create(built.config["run_dir"], built.config, tracker))
-    return status, built.em.best if math.isfinite(built.em.best) else None
+    run = Run.create(built.config["run_dir"], built.config, tracker)
+    with alone(run.path):
+        status = _fit(built, run)
+    return status, built.em.rating.best if math.isfinite(built.em.rating.best) else None
 
 
 def _check_model_from(config: DictConfig) -> None:
@@ -249,8 +275,13 @@ def _check_model_from(config: DictConfig) -> None:
 
 
 def _fit(built: Built, run: Run, overrides: Sequence[str] = ()) -> int:
+    with lasting_console():
+        return _fit_and_tell(built, run, overrides)
+
+
+def _fit_and_tell(built: Built, run: Run, overrides: Sequence[str]) -> int:
     em = built.em
-    em.run = run
+    em.record.run = run
     print(built.data.describe())
     print(f"device {em.device}, run directory {run.path}", flush=True)
     again = shlex.join(["gfnem", f"resume={run.path}", *overrides])
@@ -260,11 +291,13 @@ def _fit(built: Built, run: Run, overrides: Sequence[str] = ()) -> int:
         print(f"interrupted; go on from the last checkpoint with: {again}")
         return INTERRUPTED
     if em.stopped:
-        done = f"{em.m_steps} of {em.total_m_steps} M-steps and {em.e_steps} E-steps"
+        done = f"{em.done.m_steps} of {em.limits.m_steps} M-steps and {em.done.e_steps} E-steps"
         print(f"stopped after {done}; go on with: {again}")
-        return INTERRUPTED
-    if em.evaluator is not None:
-        print(f"the checkpoint of lowest {em.evaluator.selection}, {em.best:.4g}, is rated")
+        return 128 + em.stopped
+    evaluator = em.rating.evaluator
+    if evaluator is not None:
+        selection = evaluator.selection(em.model)
+        print(f"the checkpoint of lowest {selection}, {em.rating.best:.4g}, is rated")
     shown = ("train/m_steps", "train/best_m_steps", "time/seconds")
     kept = {k: v for k, v in summary.items() if k in shown or k.startswith("test/")}
     for line in lines_of(kept):
@@ -273,8 +306,11 @@ def _fit(built: Built, run: Run, overrides: Sequence[str] = ()) -> int:
     return DONE
 
 
-def _is_complete(run: Run) -> bool:
-    """Whether the run's final evaluation is there."""
-    return (run.path / "summary.json").exists() and any(
-        key.startswith("test/") for key in run.summary()
-    )
+def _is_complete(run: Run, em: EM) -> bool:
+    """Whether the final evaluation is there, and not that of a run that went on since."""
+    if not (run.path / "summary.json").exists():
+        return False
+    summary = run.summary()
+    steps = em.done.m_steps, em.done.e_steps
+    at = summary.get("train/m_steps"), summary.get("train/e_steps")
+    return at == steps and any(key.startswith("test/") for key in summary)

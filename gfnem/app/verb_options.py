@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from gfnem.app.nearest import did_you_mean
-from gfnem.app.signatures import described, fits
+from gfnem.app.signatures import check_numbers, described, fits
 from gfnem.errors import UserError
 
 
@@ -32,6 +32,7 @@ def split(given: Iterable[str], annotations: Mapping[str, Any]) -> tuple[dict[st
             own[key] = None
         if not fits(own[key], annotations[key]):
             raise UserError(f"{override}: it must be {described(annotations[key])}")
+        check_numbers(own[key], key)
     return own, others
 
 

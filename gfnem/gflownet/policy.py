@@ -3,51 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from gfn.env import DiscreteEnv
+from gfn.containers import Trajectories
 from gfn.estimators import Estimator
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gfnem.categorical import drawable
 from gfnem.errors import UserError
-from gfnem.gflownet.trajectories import ScoredTrajectories
+from gfnem.gflownet.paths import Paths
 from gfnem.latents import LatentTable
 from gfnem.model import LatentVariableModel
-
-
-@dataclass(frozen=True)
-class Paths:
-    """`samples` trajectories for each data point, step by step.
-
-    z: where they end.
-    log_joint: log p(x, z), without gradient.
-    log_forward: log P_F of each action, differentiable; 0 behind the end.
-    log_backward: log P_B of undoing each action.
-    flows: gives the learned part of the log flow of the state before each action, and the part of
-        log p(x, z) that this state has fixed, both [steps, batch * samples]; not every objective
-        asks for them.
-    record: what the policy needs to make torchgfn trajectories of them.
-    model_log_joint: log_joint again, differentiable in the model, where gradients are wanted and
-        the policy keeps what they need: M-steps do not compute it twice then.
-    """
-
-    z: Any
-    log_joint: Float[Tensor, "batch samples"]
-    log_forward: Float[Tensor, "steps batch samples"]
-    log_backward: Float[Tensor, "steps batch samples"]
-    flows: Callable[[], tuple[Tensor, Tensor]]
-    record: Any
-    model_log_joint: Float[Tensor, "batch samples"] | None = None
-
-    @property
-    def log_weights(self) -> Float[Tensor, "batch samples"]:
-        """log p(x, z) + log P_B - log P_F: the mean of exp of it is p(x)."""
-        return self.log_joint + (self.log_backward - self.log_forward).sum(0)
 
 
 @dataclass(frozen=True)
@@ -136,12 +104,12 @@ class Policy(nn.Module, ABC):
         """
 
     @abstractmethod
-    def trajectories(self, condition: Any, paths: Paths) -> ScoredTrajectories:
-        """The same paths as torchgfn trajectories."""
+    def trajectories(self, condition: Any, paths: Paths) -> Trajectories:
+        """Make torchgfn trajectories of paths."""
 
     @abstractmethod
-    def estimators(self) -> tuple[Estimator, Estimator]:
-        """P_F and P_B as torchgfn estimators that may be asked about any state."""
+    def estimators(self, condition: Any) -> tuple[Estimator, Estimator]:
+        """Make torchgfn estimators of P_F and P_B, which may be asked about any state."""
 
     @abstractmethod
     def flow_parameters(self) -> list[nn.Parameter]:
@@ -161,44 +129,3 @@ class NumberedPolicy(Policy):
     @abstractmethod
     def from_numbers(self, condition: Any, numbers: Int[Tensor, "batch samples numbers"]) -> Any:
         """z of given numbers."""
-
-
-def trajectories_of_choices(
-    env: DiscreteEnv,
-    choices: Int[Tensor, "rows steps"],
-    actions: Int[Tensor, "steps rows"],
-    paths: Paths,
-    count: Int[Tensor, "rows"] | None = None,
-) -> ScoredTrajectories:
-    """Paths that make one choice after the other, then exit, as torchgfn trajectories.
-
-    A state holds the choices made, and -1 where there is none yet. The states' conditions are the
-    rows of the data points in their batch, and behind them `count` where it is given.
-
-    count: the choices of each row, the first of its `steps`; None for all of them.
-    """
-    steps = choices.shape[1]
-    batch, samples = paths.log_joint.shape
-    point = torch.arange(batch, device=choices.device).repeat_interleave(samples)
-    conditions = [point] if count is None else [point, count]
-    if count is None:
-        count = torch.full_like(point, steps)
-    step = torch.arange(steps + 2, device=choices.device)[:, None]
-    made = torch.arange(steps, device=choices.device) < torch.minimum(step, count)[..., None]
-    states = torch.where(made, choices, -1)
-    states = torch.where((step > count)[..., None], env.sf, states)
-    leave = torch.full_like(actions[:1], env.n_actions - 1)
-    actions = torch.cat([actions, leave])
-    actions = torch.where(step[:-1] == count, leave, actions)
-    actions = torch.where(step[:-1] > count, env.dummy_action, actions)
-    condition = torch.stack(conditions, -1).to(torch.get_default_dtype())
-    return ScoredTrajectories(
-        env=env,
-        states=env.States(states, conditions=condition.expand(len(states), -1, -1)),
-        actions=env.actions_from_tensor(actions[..., None]),
-        terminating_idx=count + 1,
-        log_rewards=paths.log_joint.flatten(),
-        log_probs=paths.log_forward.flatten(1),
-        log_pb=paths.log_backward.flatten(1),
-        flows=paths.flows,
-    )

@@ -6,18 +6,14 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
+from gfn.containers import Trajectories
 from gfn.env import DiscreteEnv
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gfnem.gflownet.policy import (
-    ON_POLICY,
-    Behaviour,
-    NumberedPolicy,
-    Paths,
-    trajectories_of_choices,
-)
-from gfnem.gflownet.trajectories import ScoredTrajectories
+from gfnem.gflownet.paths import Paths
+from gfnem.gflownet.policy import ON_POLICY, Behaviour, NumberedPolicy
+from gfnem.gflownet.trajectories import trajectories_of_choices
 
 
 class SequencePolicy(NumberedPolicy):
@@ -70,7 +66,7 @@ class SequencePolicy(NumberedPolicy):
         index: Int[Tensor, "batch samples steps"],
         log_joint: Float[Tensor, "batch samples"],
     ) -> tuple[Float[Tensor, "states rows"], Float[Tensor, "states rows"]]:
-        """As in `Paths.flows`."""
+        """As in `Scores.flows`."""
 
     def sample(self, condition: Any, samples: int, behaviour: Behaviour = ON_POLICY) -> Paths:
         return self._paths(condition, self._draw(condition, samples, behaviour))
@@ -99,7 +95,7 @@ class SequencePolicy(NumberedPolicy):
         )
         return old, grown
 
-    def trajectories(self, condition: Any, paths: Paths) -> ScoredTrajectories:
+    def trajectories(self, condition: Any, paths: Paths) -> Trajectories:
         choices = paths.record.flatten(0, 1)
         device = str(choices.device)
         if device not in self._envs:
@@ -127,6 +123,7 @@ class SequencePolicy(NumberedPolicy):
             log_joint=log_joint,
             log_forward=forward,
             log_backward=torch.zeros_like(forward),
+            exits=index.new_full((len(index),), self.steps),
             flows=lambda: self._flows(condition, index, log_joint),
             record=index,
         )

@@ -1,87 +1,76 @@
-"""torchgfn's trajectories with what policies and the model have said of them."""
+"""torchgfn's trajectories, for its own objectives, samplers and containers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
-
 import torch
 from gfn.containers import Trajectories
+from gfn.env import DiscreteEnv
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from gfnem.gflownet.paths import Paths
 
-class ScoredTrajectories(Trajectories):
-    """torchgfn trajectories with all that an objective asks of policies and of the model.
 
-    log_probs: log P_F of each action, differentiable; [steps, batch].
-    log_pb: log P_B of each action, differentiable where P_B is learned; [steps, batch].
-    flows: gives the learned part of the log flow of each state that an action leaves, and the part
-        of log p(x, z) already fixed there; both [steps, batch]. The complete state, left by the
-        exit action, has flow p(x, z), so there the learned part is 0.
+def make_trajectories(
+    env: DiscreteEnv,
+    states: Int[Tensor, "states rows numbers"],
+    actions: Int[Tensor, "steps rows"],
+    conditions: Float[Tensor, "rows numbers"],
+    exits: Int[Tensor, "rows"],
+    paths: Paths,
+) -> Trajectories:
+    """Make torchgfn trajectories of paths whose states and actions are known.
+
+    What comes behind a trajectory's exit, and the exit itself, is put in.
+
+    Args:
+        env: whose states and actions they are.
+        states: before each action, and behind the last one.
+        actions: their numbers; that of the exit may be anything.
+        conditions: of each row; the first number is the row of the data point in its batch.
+        exits: the step at which each row takes the exit.
+        paths: what is known of them; a row is one of them, those of a data point in a row.
     """
-
-    def __init__(
-        self,
-        *args: Any,
-        log_pb: Float[Tensor, "steps batch"],
-        flows: Callable[[], tuple[Float[Tensor, "steps batch"], Float[Tensor, "steps batch"]]],
-        **kwargs: Any,
-    ):
-        super().__init__(*args, **kwargs)
-        self.log_pb = log_pb
-        self.flows = flows
-
-    def log_flows(self, forward_looking: bool) -> Float[Tensor, "steps batch"]:
-        """Log flow of each state that an action leaves.
-
-        forward_looking: add what is fixed of log p(x, z) (arXiv 2302.01687); otherwise only the
-            complete state's is.
-        """
-        learned, partial = self.flows()
-        if not forward_looking:
-            partial = torch.where(self.actions.is_exit, partial, 0.0)
-        return learned + partial
-
-    @staticmethod
-    def join(parts: Sequence[ScoredTrajectories]) -> ScoredTrajectories:
-        """All trajectories of several groups, of the same data points and equally many steps."""
-        first = parts[0]
-        if len(parts) == 1:
-            return first
-
-        def beside(tensors: Iterable[Tensor | None]) -> Tensor:
-            found = [tensor for tensor in tensors if tensor is not None]
-            assert len(found) == len(parts)
-            return torch.cat(found, 1)
-
-        def flows() -> tuple[Tensor, Tensor]:
-            learned, partial = zip(*(part.flows() for part in parts), strict=True)
-            return beside(learned), beside(partial)
-
-        env: Any = first.env
-        return ScoredTrajectories(
-            env=env,
-            states=env.States(
-                beside(part.states.tensor for part in parts),
-                conditions=beside(part.states.conditions for part in parts),
-            ),
-            actions=env.actions_from_tensor(beside(part.actions.tensor for part in parts)),
-            terminating_idx=torch.cat([part.terminating_idx for part in parts]),
-            log_rewards=torch.cat([_given(part.log_rewards) for part in parts]),
-            log_probs=beside(part.log_probs for part in parts),
-            log_pb=beside(part.log_pb for part in parts),
-            flows=flows,
-        )
-
-    def data_points(self) -> tuple[Int[Tensor, "batch"], Float[Tensor, "points"]]:
-        """The data point of each trajectory, and how many trajectories each data point has."""
-        conditions = self.states.conditions
-        assert conditions is not None and self.log_probs is not None
-        _, point = conditions[0, :, 0].unique(return_inverse=True)
-        return point, torch.bincount(point).to(self.log_probs.dtype)
+    step = torch.arange(len(states), device=states.device)[:, None]
+    states = torch.where((step > exits)[..., None], env.sf, states)
+    actions = torch.where(step[:-1] == exits, env.n_actions - 1, actions)
+    actions = torch.where(step[:-1] > exits, env.dummy_action, actions)
+    conditions = conditions.to(torch.get_default_dtype()).expand(len(states), -1, -1)
+    return Trajectories(
+        env=env,
+        states=env.States(states, conditions=conditions),
+        actions=env.actions_from_tensor(actions[..., None]),
+        terminating_idx=exits + 1,
+        log_rewards=paths.log_joint.flatten(),
+        log_probs=paths.log_forward.flatten(1),
+    )
 
 
-def _given(values: Tensor | None) -> Tensor:
-    assert values is not None
-    return values
+def trajectories_of_choices(
+    env: DiscreteEnv,
+    choices: Int[Tensor, "rows steps"],
+    actions: Int[Tensor, "steps rows"],
+    paths: Paths,
+    counted: bool = False,
+) -> Trajectories:
+    """Make torchgfn trajectories of paths that make one choice after the other, then exit.
+
+    A state holds the choices made, and -1 where there is none yet. The states' conditions are the
+    rows of the data points in their batch.
+
+    Args:
+        env: whose states and actions they are.
+        choices: of each row; those behind its exit do not count.
+        actions: the numbers of the choices among the environment's actions.
+        paths: what is known of them.
+        counted: whether the conditions tell the number of choices of each data point, too.
+    """
+    batch, samples = paths.log_joint.shape
+    point = torch.arange(batch, device=choices.device).repeat_interleave(samples)
+    exits = paths.exits.repeat_interleave(samples)
+    place = torch.arange(choices.shape[1], device=choices.device)
+    step = torch.arange(choices.shape[1] + 2, device=choices.device)[:, None, None]
+    states = torch.where(place < torch.minimum(step, exits[:, None]), choices, -1)
+    actions = torch.cat([actions, actions[:1]])
+    conditions = torch.stack([point, exits] if counted else [point], -1)
+    return make_trajectories(env, states, actions, conditions, exits, paths)

@@ -11,14 +11,43 @@ there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from gfnem.optim.schedules import Coefficients
+
+
+class WordTable(nn.Embedding):
+    """Embeddings of words; a row has a gradient only where its word is read."""
+
+
+def lazy_groups(groups: Iterable[dict[str, Any]], network: nn.Module) -> list[dict[str, Any]]:
+    """Split parameter groups so that rows wait in the network's tables of words alone.
+
+    Args:
+        groups: for an optimizer with lazy momentum.
+        network: whose parameters they are.
+
+    Raises:
+        ValueError: for a network without such tables.
+    """
+    tables = {id(part.weight) for part in network.modules() if isinstance(part, WordTable)}
+    if not tables:
+        raise ValueError(
+            "lazy momentum is for tables of word embeddings, and this network has none: "
+            "choose lazy=false"
+        )
+    split = []
+    for group in groups:
+        waiting = [p for p in group["params"] if id(p) in tables]
+        others = [p for p in group["params"] if id(p) not in tables]
+        split.append({**group, "params": waiting})
+        split.append({**group, "params": others, "lazy": False})
+    return [group for group in split if group["params"]]
 
 
 def step_rows(

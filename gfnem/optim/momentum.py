@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -13,6 +14,9 @@ from torch.optim.optimizer import Optimizer
 
 from gfnem.optim.lazy import step_rows
 from gfnem.optim.schedules import Coefficients
+
+# Steps after which a lazy table must have had idle rows. Looking waits for the device, once.
+WATCHED = 100
 
 
 class MomentumOptimizer(Optimizer, ABC):
@@ -78,12 +82,20 @@ class MomentumOptimizer(Optimizer, ABC):
         if not state:
             state["step"] = torch.zeros(len(p), dtype=torch.int64, device=p.device)
             state["momentum"] = torch.zeros_like(p)
+            state["calls"] = 0
         step_rows(
             p,
             state["momentum"],
             state["step"],
             lambda t: self._signed_coefficients(group, p.numel(), t),
         )
+        state["calls"] += 1
+        if state["calls"] == WATCHED and bool((state["step"] == WATCHED).all()):
+            warnings.warn(
+                f"all rows of a table of shape {tuple(p.shape)} had a gradient in each of "
+                f"{WATCHED} steps: lazy momentum is plain momentum there",
+                stacklevel=3,
+            )
 
     def _step_all(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         alike: dict[Coefficients, list[Tensor]] = defaultdict(list)

@@ -39,12 +39,12 @@ class PowerLaw:
 
     Args:
         init: the value at t = 0.
-        power: below 0 where the value falls.
+        power: from -10 to 10, below 0 where the value falls.
         scale: steps after which it begins to move, above 0.
         floor: the least value.
 
     Raises:
-        UserError: for a scale that is not above 0.
+        UserError: for a scale that is not above 0 and for another power.
     """
 
     init: float
@@ -55,6 +55,8 @@ class PowerLaw:
     def __post_init__(self) -> None:
         if not self.scale > 0:
             raise UserError(f"scale is {self.scale}; it must be above 0")
+        if abs(self.power) > 10:
+            raise UserError(f"power is {self.power}; it must lie between -10 and 10")
 
     def __call__(self, t: Any) -> Any:
         value = self.init * (1 + t / self.scale) ** self.power

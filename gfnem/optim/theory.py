@@ -11,7 +11,8 @@ Models:
     Sparse least squares, a model of tokens with frequencies as in arXiv 2605.28961, with
         `sparse_step`, and where it oscillates, is stable and stays.
     The bias of a class that is rare, with `rare_bias_step` around the optimum and
-        `rare_weight_step` far from it.
+        `rare_weight_step` far from it; with Gaussian features in many dimensions,
+        `rare_features_step`.
 """
 
 from __future__ import annotations
@@ -19,9 +20,14 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+# Nodes and weights of integrals over a standard normal.
+_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(80)
+_WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
 
 
 class Moments(NamedTuple):
@@ -346,4 +352,85 @@ def rare_weight_step(mean: Any, square: Any, p: Any, lr: float, batch: float) ->
     return (
         (mean + drift) * math.e ** (-batch * p * (1 - first)),
         moved * math.e ** (-batch * p * (1 - second)),
+    )
+
+
+class Overlaps(NamedTuple):
+    """Logistic regression on features of many dimensions, in a few numbers.
+
+    mean: weights . mu, where mu is the mean of the rare class.
+    square: |weights|^2.
+    bias: of the logit.
+    momentum_mean: m . mu, where m is the weights' momentum.
+    momentum_weights: m . weights.
+    momentum_square: |m|^2.
+    momentum_bias: momentum of the bias.
+    """
+
+    mean: float
+    square: float
+    bias: float
+    momentum_mean: float = 0.0
+    momentum_weights: float = 0.0
+    momentum_square: float = 0.0
+    momentum_bias: float = 0.0
+
+    def logits(self, rare: bool) -> Float[np.ndarray, "nodes"]:
+        """Logits of a class at the nodes of integrals over it."""
+        return self.bias + rare * self.mean + math.sqrt(self.square) * _NODES
+
+
+def rare_features_step(
+    overlaps: Overlaps, p: float, lr: float, momentum: float, batch: float, d: int, signal: float
+) -> Overlaps:
+    """Take one step of SGD with Polyak's momentum on logistic regression with a rare class.
+
+    x ~ N(mu, I) with probability p, label 1; x ~ N(0, I) otherwise, label 0. The logit z is normal
+    in each class, so with r = sigmoid(z) - label and Stein's lemma
+
+        E g = u mu + s theta, with u = p E[r | 1] and s = E sigmoid'(z)
+        E |g|^2 = d E r^2 / B + (1 - 1/B) |E g|^2
+
+    and all products of theta, its momentum and mu close. A limit: exact for d towards infinity at
+    learning rates that fall like 1 / d, where the products no longer vary from run to run.
+
+    Args:
+        overlaps: before the step.
+        p: probability of the class.
+        lr: learning rate of weights and bias.
+        momentum: in [0, 1).
+        batch: B, data points in a step.
+        d: dimensions of the features.
+        signal: |mu|^2.
+    """
+    o = overlaps
+    share = np.array([1 - p, p])
+    sigmoids = 1 / (1 + np.exp(-np.stack([o.logits(False), o.logits(True)])))
+    rest = sigmoids - np.array([[0.0], [1.0]])
+    mean = share * (rest @ _WEIGHTS)
+    u, s = mean[1], float(share @ ((sigmoids * (1 - sigmoids)) @ _WEIGHTS))
+    of_mean, of_weights = u * signal + s * o.mean, u * o.mean + s * o.square
+    of_momentum = u * o.momentum_mean + s * o.momentum_weights
+    square = u * of_mean + s * of_weights
+    square = d * float(share @ (rest**2 @ _WEIGHTS)) / batch + (1 - 1 / batch) * square
+    momentum_mean = momentum * o.momentum_mean + of_mean
+    momentum_weights = momentum * o.momentum_weights + of_weights
+    momentum_square = momentum**2 * o.momentum_square + 2 * momentum * of_momentum + square
+    momentum_bias = momentum * o.momentum_bias + float(mean.sum())
+    return Overlaps(
+        mean=o.mean - lr * momentum_mean,
+        square=o.square - 2 * lr * momentum_weights + lr**2 * momentum_square,
+        bias=o.bias - lr * momentum_bias,
+        momentum_mean=momentum_mean,
+        momentum_weights=momentum_weights - lr * momentum_square,
+        momentum_square=momentum_square,
+        momentum_bias=momentum_bias,
+    )
+
+
+def rare_features_loss(overlaps: Overlaps, p: float) -> float:
+    """Give the expected logistic loss in nats, exactly for given weights."""
+    rare, other = overlaps.logits(True), overlaps.logits(False)
+    return float(
+        p * np.logaddexp(0, -rare) @ _WEIGHTS + (1 - p) * np.logaddexp(0, other) @ _WEIGHTS
     )

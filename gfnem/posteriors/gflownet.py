@@ -10,21 +10,23 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gfnem.errors import UserError
-from gfnem.gflownet.objectives import Objective, WeightedSum, vargrad
-from gfnem.gflownet.policy import ON_POLICY, Behaviour, NumberedPolicy, Paths, Policy
+from gfnem.gflownet.objectives import Objective, VarGrad, WeightedSum
+from gfnem.gflownet.paths import Paths, Scores
+from gfnem.gflownet.policy import ON_POLICY, Behaviour, NumberedPolicy, Policy
 from gfnem.gflownet.refinement import BackAndForth, Refinement
 from gfnem.gflownet.replay import Replay
-from gfnem.gflownet.trajectories import ScoredTrajectories
 from gfnem.latents import EStep, Latents, LatentTable
 from gfnem.model import LatentVariableModel
 from gfnem.posterior import Posterior, check_m_step
+
+VARGRAD = VarGrad()
 
 
 class GFlowNetPosterior(Posterior):
     """q(z | x) of a conditional GFlowNet (arXiv 2302.06576).
 
     policy: the task's policy.
-    objective: a factory of `gfnem.gflownet.objectives`, called with the policy's estimators.
+    objective: one of `gfnem.gflownet.objectives`.
     samples: trajectories of each data point in an E-step, and latents in an M-step.
     behaviour: how the E-step's trajectories are drawn; the M-step's are always plain draws.
     sleep: probability that an E-step has a sleep phase beside what the objective asks for: latents
@@ -43,7 +45,7 @@ class GFlowNetPosterior(Posterior):
     def __init__(
         self,
         policy: Policy,
-        objective: Objective = vargrad,
+        objective: Objective | WeightedSum = VARGRAD,
         samples: int = 4,
         behaviour: Behaviour = ON_POLICY,
         sleep: float = 0.0,
@@ -61,9 +63,7 @@ class GFlowNetPosterior(Posterior):
         if not 0 <= sleep <= 1:
             raise UserError(f"posterior.sleep is {sleep}; it is a probability")
         self.policy = policy
-        # No submodule: torchgfn objectives own their estimators, but the policy's parameters
-        # belong here.
-        self.objective = WeightedSum.of(objective(*policy.estimators()))
+        self.objective = WeightedSum.of(objective)
         for part, _ in self.objective.wake:
             if samples < part.least_samples:
                 raise UserError(
@@ -146,20 +146,7 @@ class GFlowNetPosterior(Posterior):
         """What the objective says of trajectories of x."""
         condition = self.policy.condition(model, x)
         paths = self.policy.sample(condition, self.samples, self.behaviour)
-        explored = [paths, *self._explored(condition, x, paths)]
-        trajectories = ScoredTrajectories.join(
-            [self.policy.trajectories(condition, each) for each in explored]
-        )
-        loss = paths.log_forward.new_zeros(())
-        for part, weight in self.objective.wake:
-            # torchgfn's base class does not declare what all its objectives take.
-            objective: Any = part
-            loss = loss + weight * objective.loss(
-                trajectories.env,
-                trajectories,
-                recalculate_all_logprobs=False,
-                log_rewards=trajectories.log_rewards,
-            )
+        loss = self.objective(Scores.join([paths, *self._explored(condition, x, paths)]))
         metrics = {"e_step/objective": loss.detach()}
         latents = None
         if self.behaviour.on_policy:

@@ -6,6 +6,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 from zipfile import ZipFile
@@ -49,8 +50,10 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
     import torch
 
     _check_readable(state, "state")
+    content = BytesIO()  # torch would hide what the disk says
+    torch.save(state, content)
     with atomic_write(path) as file:
-        torch.save(state, file)
+        file.write(content.getbuffer())
 
 
 def load_state(path: Path, otherwise: str) -> dict[str, Any]:

@@ -196,6 +196,11 @@ class Run:
         for which in ("best", "last") if best else ("last",):
             save_state(self._checkpoint_file(which), state)
 
+    @property
+    def has_checkpoints(self) -> bool:
+        """Whether there is something to go on from."""
+        return any(self._checkpoint_file(which).is_file() for which in ("last", "best"))
+
     def load_checkpoint(self, which: Literal["last", "best"] = "last") -> dict[str, Any]:
         """Return a saved state, its tensors on the CPU.
 
@@ -204,7 +209,7 @@ class Run:
         """
         other = "best" if which == "last" else "last"
         if self._checkpoint_file(other).is_file():
-            otherwise = f"use {other}.pt beside it"
+            otherwise = f"there is another one, for checkpoint={other}"
         else:
             otherwise = "there is no other in this run, start it again in a new directory"
         return load_state(self._checkpoint_file(which), otherwise)

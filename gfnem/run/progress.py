@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from fnmatch import fnmatchcase
 from types import TracebackType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from gfnem.run.patterns import USUAL
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.live import Live
+    from rich.progress_bar import ProgressBar
+    from rich.text import Text
+
+T = TypeVar("T")
 
 
 class Progress:
@@ -26,7 +32,8 @@ class Progress:
     m-step 300/1500  e_loss 1.2  m_loss 40.1  gap 1.9  2.1 it/s  eta 01:20
     ```
 
-    Speed and time left are averages over the whole time since `start`, evaluations included.
+    Speed is an average over the whole time since its unit began to count, evaluations included.
+    Evaluations have a bar of their own below, and off a terminal a line when they begin.
     Also a context manager that stops the bar whatever happens.
 
     Args:
@@ -41,37 +48,62 @@ class Progress:
         self._latest: dict[str, float] = {}
         self._total = self._done = self._done_before = 0
         self._began = 0.0
+        self._seconds_left: float | None = None
         self._unit = ""
+        self._rated: _Counted | None = None
 
-    def start(self, total: int, done: int = 0, unit: str = "m-step") -> None:
+    def start(self, unit: str, done: int, total: int) -> None:
         """Begin to count, at `done` of `total` M-steps, or of another unit."""
-        self.stop()
-        self._unit = unit
-        self._total, self._done, self._done_before = total, done, done
-        self._began = time.monotonic()
-        if self._output.isatty():
-            from rich.console import Console
-            from rich.live import Live
+        self._count_from(unit, done)
+        self._total = total
+        self._show()
 
-            console = Console(file=self._output)
-            self._live = Live(get_renderable=self._bar, console=console)
-            self._live.start()
-
-    def update(self, done: int, metrics: Mapping[str, float] | None = None) -> None:
-        """Say that `done` M-steps, or whatever is counted, are done.
+    def update(
+        self,
+        unit: str,
+        done: int,
+        total: int,
+        metrics: Mapping[str, float] | None = None,
+        seconds_left: float | None = None,
+    ) -> None:
+        """Say that `done` of `total` M-steps, or whatever is counted, are done.
 
         Args:
+            unit: what is counted; speed is measured anew where it is another one than before.
             done: counted from the beginning of the run.
+            total: how many there are to be.
             metrics: `group/name` -> value, at logging steps. Off a terminal there is a line
                 for each such step and none for the others.
+            seconds_left: until the end; None where that is not known.
         """
-        self._done = done
+        if unit != self._unit:
+            self._count_from(unit, done)
+        self._done, self._total = done, total
         if not metrics:
             return
+        self._seconds_left = seconds_left
         # A new dict, because the bar is drawn from a thread of its own.
         self._latest = {**self._latest, **metrics}
         if self._live is None:
             self._print("  ".join([self._count, *self._values, self._speed]))
+
+    @contextmanager
+    def rating(self, split: str) -> Iterator[None]:
+        """Announce an evaluation; a loop over `counted` batches has a bar."""
+        alone = self._live is None
+        self._rated = _Counted(f"rating {split}")
+        if alone:
+            self._show()
+        if self._live is None:
+            self._print(f"{self._count}  {self._rated.what}" if self._unit else self._rated.what)
+        token = _RATING.set(self._rated)
+        try:
+            yield
+        finally:
+            _RATING.reset(token)
+            self._rated = None
+            if alone:
+                self.stop()
 
     def note(self, line: str) -> None:
         """Write a line above the bar."""
@@ -120,24 +152,73 @@ class Progress:
     def _speed(self) -> str:
         seconds = time.monotonic() - self._began
         steps = self._done - self._done_before
-        if steps == 0:
-            return "-- it/s  eta --:--"
-        left = (self._total - self._done) * seconds / steps
-        return f"{_number(steps / seconds)} it/s  eta {_clock(left)}"
+        speed = f"{_number(steps / seconds)} it/s" if steps and seconds else "-- it/s"
+        left = "--:--" if self._seconds_left is None else _clock(self._seconds_left)
+        return f"{speed}  eta {left}"
+
+    def _count_from(self, unit: str, done: int) -> None:
+        self._unit = unit
+        self._done = self._done_before = done
+        self._began = time.monotonic()
+
+    def _show(self) -> None:
+        """Draw the bar, on a terminal, until `stop`."""
+        self.stop()
+        if self._output.isatty():
+            from rich.console import Console
+            from rich.live import Live
+
+            console = Console(file=self._output)
+            self._live = Live(get_renderable=self._bar, console=console)
+            self._live.start()
 
     def _bar(self) -> Group:
         from rich.console import Group
-        from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
 
-        bar = Table.grid(padding=(0, 2))
-        bar.add_row(
-            Text(self._count, style="bold"),
-            ProgressBar(total=self._total, completed=self._done, width=30),
-            Text(self._speed, style="cyan"),
-        )
-        return Group(bar, Text("  ".join(self._values), style="dim"))
+        bars = Table.grid(padding=(0, 2))
+        if self._unit:
+            bars.add_row(*_row(self._count, self._done, self._total, self._speed))
+        rated = self._rated
+        if rated is not None:
+            bars.add_row(*_row(rated.what, rated.done, rated.total, f"{rated.done}/{rated.total}"))
+        return Group(bars, Text("  ".join(self._values), style="dim"))
+
+
+class _Counted:
+    """An evaluation: what it is, and how many batches of it are done."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.done = self.total = 0
+
+
+_RATING: ContextVar[_Counted | None] = ContextVar("rating", default=None)
+
+
+def counted(batches: Collection[T]) -> Iterator[T]:
+    """Go through batches and show how far it is where an evaluation has a bar on the console.
+
+    Example:
+        >>> [batch for batch in counted(["one", "two"])]
+        ['one', 'two']
+    """
+    rating = _RATING.get()
+    if rating is not None:
+        rating.done, rating.total = 0, len(batches)
+    for batch in batches:
+        yield batch
+        if rating is not None:
+            rating.done += 1
+
+
+def _row(name: str, done: int, total: int, end: str) -> tuple[Text, ProgressBar, Text]:
+    from rich.progress_bar import ProgressBar
+    from rich.text import Text
+
+    bar = ProgressBar(total=max(total, 1), completed=done, width=30)
+    return Text(name, style="bold"), bar, Text(end, style="cyan")
 
 
 def _number(value: float) -> str:

@@ -93,7 +93,7 @@ class WandbTracker:
         mode: "online", "offline" or "disabled"; when None what `WANDB_MODE` says, or "offline".
 
     Raises:
-        UserError: the mode is none of these.
+        UserError: the mode is none of these, wandb is not installed or refuses a setting.
     """
 
     def __init__(
@@ -112,31 +112,26 @@ class WandbTracker:
         self.tags = list(tags)
         self.name = name
         self.entity = entity
-        self.mode = mode or os.environ.get("WANDB_MODE") or "offline"
+        # What the mode "offline" was called before.
+        of_wandb = os.environ.get("WANDB_MODE", "").replace("dryrun", "offline")
+        self.mode = mode or of_wandb or "offline"
         if self.mode not in _MODES:
             given = "tracker.mode" if mode else "WANDB_MODE"
             raise UserError(f"{given}={self.mode} is unknown: choose one of {', '.join(_MODES)}")
+        if self.mode != "disabled":
+            self._check_settings()
         self._run: wandb.Run | None = None
         self._highest: Sequence[str] = ()
         self._defined: set[str] = set()
         self._step = 0
 
     def start(self, path: Path, config: Mapping[str, Any]) -> None:
-        """Begin a run of the service, or go on with the one that this directory began.
-
-        Raises:
-            UserError: wandb is not installed.
-        """
+        """Begin a run of the service, or go on with the one that this directory began."""
         if self.mode == "disabled":
             return
         self._highest = patterns_for(config, "highest")
-        try:
-            import wandb
-        except ImportError:
-            raise UserError(
-                "tracker=wandb needs a package that is missing: pip install wandb, or take "
-                "tracker=files"
-            ) from None
+        import wandb
+
         then = {"online": "the run is tracked offline", "offline": "the run is not tracked"}
         for mode in ("online", "offline") if self.mode == "online" else ("offline",):
             try:
@@ -184,6 +179,28 @@ class WandbTracker:
     def finish(self, status: Status) -> None:
         self._tell(lambda run: run.finish(exit_code=_EXIT_CODES[status]))
         self._run = None
+
+    def _check_settings(self) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError(
+                "tracker=wandb needs a package that is missing: pip install wandb, or take "
+                "tracker=files"
+            ) from None
+        from pydantic import ValidationError
+
+        try:
+            settings = wandb.Settings(project=self.project, run_tags=tuple(self.tags))
+            settings.update_from_env_vars({**os.environ, "WANDB_MODE": self.mode})
+        except ValidationError as error:
+            (first, *_) = error.errors(include_url=False)
+            name = str(first["loc"][0]).removeprefix("run_")
+            raise UserError(
+                f"wandb refuses tracker.{name} or WANDB_{name.upper()}: {first['msg']}"
+            ) from None
+        except wandb.Error as error:
+            raise UserError(f"wandb refuses a setting: {error}") from None
 
     def _init(self, path: Path, config: Mapping[str, Any], mode: str) -> wandb.Run:
         import wandb

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from gfnem.errors import UserError
+
 
 class AveragedWeights:
     """Exponential moving average of the parameters of some networks.
@@ -20,9 +22,14 @@ class AveragedWeights:
     Args:
         networks: whose parameters are averaged. They must be where they are to be trained.
         decay: of the average at each update, in [0, 1).
+
+    Raises:
+        UserError: the decay is none.
     """
 
     def __init__(self, networks: Sequence[nn.Module], decay: float):
+        if not 0 <= decay < 1:
+            raise UserError(f"em.average is {decay}; it must be from 0 to below 1, or null")
         self.decay = decay
         self.updates = 0
         self.parameters: list[Tensor] = [p for network in networks for p in network.parameters()]

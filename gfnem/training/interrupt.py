@@ -8,25 +8,29 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 @contextmanager
-def interruptible(stop: Callable[[], None]) -> Iterator[None]:
-    """Call `stop` at the first SIGINT or SIGTERM; the second does what it did before.
+def interruptible(stop: Callable[[int], None]) -> Iterator[None]:
+    """Call `stop` with the first SIGINT, SIGTERM or SIGHUP; the second does what it did before.
 
-    Outside of the main thread, which alone hears of signals, nothing changes.
+    A signal that is ignored, as SIGHUP is under nohup, stays ignored. Outside of the main thread,
+    which alone hears of signals, nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {n: handler for n, handler in handlers.items() if handler != signal.SIG_IGN}
 
     def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
     def hear(number: int, frame: Any) -> None:
-        stop()
+        stop(number)
         restore()
 
     try:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from gfnem.errors import UserError
+from gfnem.posterior import Posterior
+from gfnem.training.limits import check_at_least
 
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
 
@@ -28,9 +30,15 @@ class Diverged(UserError):  # noqa: N818
 class Trainer:
     """One network with its optimizer, warm-up, gradient clipping and skipped updates.
 
-    name: of the network in messages.
-    clip: largest norm of the gradient; None for no clipping.
-    warmup: steps over which the learning rate rises linearly.
+    Args:
+        name: of the network in messages.
+        groups: its parameters, as optimizers take them.
+        optimizer: makes the optimizer.
+        clip: largest norm of the gradient; None for no clipping.
+        warmup: steps over which the learning rate rises linearly.
+
+    Raises:
+        UserError: a clip or a warm-up that cannot be.
     """
 
     def __init__(
@@ -41,6 +49,9 @@ class Trainer:
         clip: float | None,
         warmup: int,
     ):
+        if clip is not None and not clip > 0:
+            raise UserError(f"em.{name}_clip is {clip}; it must be positive, or null for none")
+        check_at_least("warmup", warmup, 0)
         self.name = name
         self.clip = clip
         self.parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
@@ -51,6 +62,19 @@ class Trainer:
         self.skipped = 0
         self.skipped_in_a_row = 0
 
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        posterior: Posterior,
+        optimizer: OptimizerFactory,
+        clip: float | None,
+        warmup: int,
+    ) -> Trainer | None:
+        """Make the trainer of a posterior; None for one that has no parameters."""
+        groups = posterior.parameter_groups()
+        return cls(name, groups, optimizer, clip, warmup) if groups else None
+
     def step(self, loss: Tensor) -> bool:
         """Minimise; False where the update was skipped because something was not finite.
 
@@ -58,12 +82,11 @@ class Trainer:
         """
         return minimise(loss, self)
 
-    def clip_gradient(self) -> bool:
-        """Clip; False where the gradient is not finite."""
-        norm = nn.utils.clip_grad_norm_(
+    def clip_gradient(self) -> Tensor:
+        """Clip; return the norm that the gradient had."""
+        return nn.utils.clip_grad_norm_(
             self.parameters, math.inf if self.clip is None else self.clip
         )
-        return bool(norm.isfinite())
 
     def update(self, finite: bool) -> None:
         """Take a step along the gradient, or skip it where that is not finite."""
@@ -96,13 +119,15 @@ class Trainer:
 
 
 def minimise(loss: Tensor, *trainers: Trainer) -> bool:
-    """One step of all trainers' networks; False where it was skipped, as in `Trainer.step`."""
+    """Take a step of all trainers' networks; False where it was skipped, as in `Trainer.step`.
+
+    A step waits for the device once, for whether the loss and all gradients are finite.
+    """
     for trainer in trainers:
         trainer.optimizer.zero_grad(set_to_none=True)
-    finite = bool(loss.isfinite())
-    if finite:
-        loss.backward()
-        finite = all([trainer.clip_gradient() for trainer in trainers])
+    loss.backward()
+    norms = [trainer.clip_gradient() for trainer in trainers]
+    finite = bool(torch.stack([loss.detach(), *norms]).isfinite().all())
     for trainer in trainers:
         trainer.update(finite)
     return finite

@@ -106,13 +106,13 @@ def test_one_raising_job_of_three(
 def test_stopping_a_job_ends_the_sweep(
     sweep: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    m_step = EM._m_step
+    take_steps = EM._take_steps
 
-    def stopping(em: EM, *arguments: Any) -> None:
-        em._stop()
-        m_step(em, *arguments)
+    def stopping(em: EM, *arguments: Any) -> bool:
+        em.stop()
+        return take_steps(em, *arguments)
 
-    monkeypatch.setattr(EM, "_m_step", stopping)
+    monkeypatch.setattr(EM, "_take_steps", stopping)
     assert main([*sweep, "seed=0,1"]) == 130
     assert sorted(path.name for path in Path("sweep").iterdir()) == ["multirun.yaml", "seed=0"]
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gfnem.optim import DANA, SGD, PowerLaw
+from gfnem.app.build import build
+from gfnem.app.composition import compose
+from gfnem.optim import DANA, SGD, PowerLaw, WordTable, lazy_groups
 
 STEPS = 100
 SCHEDULES: dict[str, Any] = {
@@ -101,6 +103,7 @@ def test_sgd_is_a_loop_over_rows(kind: str, nesterov: bool) -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.filterwarnings("ignore:all rows of a table")
 @pytest.mark.parametrize("optimizer_class", [DANA, SGD])
 def test_rows_that_are_always_active_have_ordinary_momentum(optimizer_class: Any) -> None:
     results = []
@@ -137,6 +140,7 @@ def test_rows_that_are_not_finite_are_seen() -> None:
     assert p.isfinite().tolist() == [[True, True], [True, False]]
 
 
+@pytest.mark.filterwarnings("ignore:all rows of a table")
 def test_steps_are_counted_in_half_precision() -> None:
     p = nn.Parameter(torch.zeros(1, 1, dtype=torch.bfloat16))
     optimizer = SGD([p], lr=0.0, lazy=True)
@@ -161,3 +165,57 @@ def test_parameters_without_rows_are_refused(optimizer_class: Any, shape: tuple[
     optimizer = optimizer_class([{"params": [vector]}, {"params": [matrix], "lazy": True}])
     with pytest.raises(ValueError, match=message):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(shape))], "lazy": True})
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_table_without_idle_rows_is_warned_of_once() -> None:
+    message = r"^all rows of a table of shape \(3, 2\) had a gradient in each of 100 steps: lazy"
+    busy, idle = (nn.Parameter(torch.ones(3, 2)) for _ in range(2))
+    optimizer = SGD([busy, idle], lr=0.0, lazy=True)
+    for step in range(1, 251):
+        busy.grad, idle.grad = torch.ones(3, 2), torch.ones(3, 2)
+        idle.grad[2] = float(step != 5)
+        if step == 100:
+            with pytest.warns(UserWarning, match=message):
+                optimizer.step()
+        else:
+            optimizer.step()
+
+
+def test_parameters_without_gradients_stay() -> None:
+    table = nn.Parameter(torch.ones(2, 2))
+    SGD([table], lr=0.1, weight_decay=0.5, lazy=True).step()
+    assert table.equal(torch.ones(2, 2))
+
+
+def test_rows_wait_in_tables_of_words_alone() -> None:
+    network = nn.ModuleDict({"words": WordTable(5, 2), "rest": nn.Linear(2, 2)})
+    other = nn.Parameter(torch.ones(3))
+    groups = [{"params": list(network.parameters())}, {"params": [other], "lr": 0.3}]
+    optimizer = SGD(lazy_groups(groups, network), lr=0.1, lazy=True)
+    found = [(group["lazy"], group["lr"], len(group["params"])) for group in optimizer.param_groups]
+    assert found == [(True, 0.1, 1), (False, 0.1, 2), (False, 0.3, 1)]
+    assert optimizer.param_groups[0]["params"][0] is network["words"].weight
+    with pytest.raises(ValueError, match="^lazy momentum is for tables of word embeddings, and"):
+        lazy_groups(groups, nn.Embedding(5, 2))
+
+
+def test_the_transformer_reads_words_that_wait(tiny_data: list[str], tiny_run: list[str]) -> None:
+    given = [
+        "policy=transformer",
+        "policy.width=8",
+        "optimizer=sgd",
+        "optimizer.posterior.lazy=true",
+    ]
+    built = build(compose([*tiny_data, *tiny_run, *given]))
+    em = built.em
+    assert em.steps.posterior_trainer is not None
+    table = em.posterior.get_parameter("policy.word.weight")
+    before = table.detach().clone()
+    em.fit()
+    read = set(torch.cat(built.data.train.word_ids).tolist())
+    moved = set((table != before).any(1).nonzero()[:, 0].tolist())
+    assert moved and moved <= read
+    (lazy, *others) = em.steps.posterior_trainer.optimizer.param_groups
+    assert lazy["lazy"] and lazy["params"][0] is table
+    assert not any(group["lazy"] for group in others)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gfnem.optim import DANA, SGD, PowerLaw, theory
 from gfnem.optim.theory import (
     Moments,
+    Overlaps,
     active_share,
     dana_step,
     learning,
@@ -22,6 +23,8 @@ from gfnem.optim.theory import (
     power_law_features,
     rare_bias_stationary,
     rare_bias_step,
+    rare_features_loss,
+    rare_features_step,
     rare_weight_step,
     retention,
     risk,
@@ -315,6 +318,59 @@ def test_weight_of_a_rare_class_far_from_the_optimum(generator: torch.Generator)
         for n in (1, 2)
     ]
     assert rare_weight_step(1.48, 1.48**2, 0.01, 2.0, 10) == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+def test_features_of_a_rare_class_in_many_dimensions(
+    momentum: float, generator: torch.Generator
+) -> None:
+    p, d, batch, signal, runs = 0.1, 400, 8, 4.0, 20
+    lr, begin = 8 * (1 - momentum) / d, math.log(p / (1 - p))
+    mu = torch.zeros(d, dtype=torch.float64)
+    mu[3] = math.sqrt(signal)
+    # The last entry is the bias.
+    theta = nn.Parameter(torch.zeros(runs, d + 1, dtype=torch.float64))
+    theta.data[:, d] = begin
+    optimizer = SGD([theta], lr=lr, momentum=momentum)
+    limit = Overlaps(0.0, 0.0, begin)
+    draw: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
+    for _ in range(400):
+        rare = (torch.rand(runs, batch, **draw) < p).double()
+        x = torch.randn(runs, batch, d, **draw) + rare[..., None] * mu
+        x = torch.cat([x, torch.ones(runs, batch, 1, dtype=torch.float64)], 2)
+        rest = torch.einsum("rbd,rd->rb", x, theta.detach()).sigmoid() - rare
+        theta.grad = torch.einsum("rb,rbd->rd", rest, x) / batch
+        optimizer.step()
+        limit = rare_features_step(limit, p, lr, momentum, batch, d, signal)
+    weights, bias = theta.detach()[:, :d], theta.detach()[:, d]
+    m, of_bias = optimizer.state[theta]["momentum"].split((d, 1), 1)
+    found = (
+        weights @ mu,
+        weights.square().sum(1),
+        bias,
+        m @ mu,
+        (m * weights).sum(1),
+        m.square().sum(1),
+        of_bias[:, 0],
+    )
+    for drawn, value in zip(found, limit, strict=True):
+        # Terms that are smaller by 1 / sqrt(d), and what varies from run to run.
+        error = 4 * float(drawn.std()) / math.sqrt(runs)
+        assert float(drawn.mean()) == pytest.approx(value, rel=0.03, abs=error)
+    # From where it begins it has learned.
+    optimum = Overlaps(signal, signal, begin - signal / 2)
+    losses = [rare_features_loss(o, p) for o in (Overlaps(0.0, 0.0, begin), limit, optimum)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[0] == pytest.approx(-p * math.log(p) - (1 - p) * math.log(1 - p))
+
+
+def test_loss_of_a_rare_class_is_an_integral() -> None:
+    overlaps, p = Overlaps(mean=1.5, square=2.0, bias=-1.0), 0.2
+    z = np.linspace(-15, 15, 20001) * math.sqrt(2)
+    density = np.exp(-(z**2) / 4) / math.sqrt(4 * math.pi)
+    rare, other = np.logaddexp(0, -(z + 0.5)), np.logaddexp(0, z - 1)
+    expected = ((p * rare + (1 - p) * other) * density).sum() * (z[1] - z[0])
+    assert rare_features_loss(overlaps, p) == pytest.approx(float(expected), rel=1e-8)
 
 
 def test_examples_run() -> None:

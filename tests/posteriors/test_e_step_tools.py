@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gfnem.em import EM
 from gfnem.errors import UserError
-from gfnem.gflownet.objectives import forward_kl, reverse_kl, sleep, subtb, vargrad
+from gfnem.gflownet.objectives import ForwardKL, ReverseKL, SubTrajectoryBalance, VarGrad, sleep
 from gfnem.gflownet.policy import Policy
 from gfnem.gflownet.refinement import BackAndForth
 from gfnem.gflownet.replay import Replay
@@ -49,7 +49,7 @@ SEARCH = BackAndForth(steps=1, depth=3)
     "latent, steps, tools",
     [
         ("shape", 80, {"local_search": SEARCH}),
-        ("shape", 130, {"objective": subtb, "flow_lr": 0.1, "replay": 6}),
+        ("shape", 130, {"objective": SubTrajectoryBalance(), "flow_lr": 0.1, "replay": 6}),
         ("labelled", 120, {"local_search": SEARCH, "replay": 6}),
     ],
 )
@@ -141,7 +141,9 @@ def test_the_loss_is_over_all_trajectories_of_a_sentence(latent: Any, monkeypatc
 
 
 def test_gradients_are_those_of_the_policy_alone():
-    _, posterior, x = setting("shape", objective=subtb, local_search=SEARCH, replay=2)
+    _, posterior, x = setting(
+        "shape", objective=SubTrajectoryBalance(), local_search=SEARCH, replay=2
+    )
     model = NeuralPCFG(8, 2, 3, width=8, max_length=5)
     step = posterior.e_step(model, x)
     assert step.loss is not None
@@ -332,20 +334,20 @@ class Silent(Policy):
     [
         ({"replay": 0}, "posterior.replay is 0; it must be at least 1, or null for none"),
         (
-            {"replay": 2, "objective": reverse_kl},
+            {"replay": 2, "objective": ReverseKL()},
             "objective=reverse_kl needs plain draws of the policy: set local_search=none and "
             "posterior.replay=null, or use another objective",
         ),
         (
-            {"local_search": SEARCH, "objective": forward_kl},
+            {"local_search": SEARCH, "objective": ForwardKL()},
             "objective=forward_kl needs plain draws of the policy: set local_search=none and",
         ),
         (
-            {"local_search": SEARCH, "objective": sleep},
+            {"local_search": SEARCH, "objective": sleep()},
             "local_search and posterior.replay have no effect with objective=sleep, which asks for",
         ),
         (
-            {"replay": 2, "objective": sleep},
+            {"replay": 2, "objective": sleep()},
             "local_search and posterior.replay have no effect with objective=sleep, which asks for",
         ),
     ],
@@ -355,17 +357,18 @@ def test_options_that_make_no_posterior(options: dict[str, Any], message: str):
         setting("shape", **options)
 
 
-def test_symbols_that_are_all_hidden():
-    message = "policy.symbol_dropout is 1.0; it must be at least 0 and below 1"
+@pytest.mark.parametrize("option", ["dropout", "symbol_dropout"])
+def test_symbols_and_features_that_are_all_hidden(option: str):
+    message = f"policy.{option} is 1.0; it must be at least 0 and below 1"
     with pytest.raises(UserError, match=f"^{message}$"):
-        make_policy("root_flow", "shape", symbol_dropout=1.0)
+        make_policy("root_flow", "shape", **{option: 1.0})  # pyright: ignore
 
 
 def test_policies_whose_latents_cannot_be_kept():
     policy = Silent(make_policy("root_flow", "shape"))
     message = "posterior.replay is 2, but Silent cannot tell latents in numbers, to keep them: set"
     with pytest.raises(UserError, match=f"^{message}"):
-        GFlowNetPosterior(policy, vargrad, replay=2)
+        GFlowNetPosterior(policy, VarGrad(), replay=2)
 
 
 def test_data_points_without_ids():

@@ -150,7 +150,7 @@ class TestSettings:
                 ["objective=vargrad", "objective=tb", "posterior=exact"],
                 {
                     "posterior": ["GFlowNetPosterior", "GFlowNetPosterior", "ExactPosterior"],
-                    "objective": ["vargrad", "tb", ""],
+                    "objective": ["VarGrad", "TrajectoryBalance", ""],
                     "flow_lr": ["", "0.01", ""],
                 },
             ),

@@ -228,6 +228,32 @@ def test_disabled_needs_no_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not (run.path / "wandb").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "variables", "message"),
+    [
+        ({"tags": ["x" * 70]}, {}, "wandb refuses tracker.tags or WANDB_TAGS: .* is 70 characters"),
+        ({"tags": ["a", ""]}, {}, "wandb refuses tracker.tags or WANDB_TAGS: .* is empty"),
+        ({"project": "a/b"}, {}, "wandb refuses a setting: Invalid project name 'a/b'"),
+        ({}, {"WANDB_BASE_URL": "here"}, "wandb refuses .*WANDB_BASE_URL: Input should be a valid"),
+    ],
+)
+def test_settings_that_wandb_refuses(
+    options: dict[str, Any],
+    variables: dict[str, str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        WandbTracker(**options)
+
+
+def test_the_old_name_of_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "dryrun")
+    assert WandbTracker().mode == "offline"
+
+
 def test_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"missing: pip install wandb, or take tracker=files"):

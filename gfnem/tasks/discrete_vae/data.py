@@ -20,7 +20,7 @@ from gfnem.errors import UserError
 from gfnem.files import user_path
 from gfnem.tasks.discrete_vae.idx import find_images
 from gfnem.tasks.discrete_vae.images import ImageData, Images, Pixels, shuffled
-from gfnem.tasks.discrete_vae.pictures import image_files, read_image, size_and_kind
+from gfnem.tasks.discrete_vae.pictures import facts_of, image_files, read_image
 
 
 def digits(
@@ -123,7 +123,8 @@ def image_folder(
         they all have. Smaller ones are made by averaging over the area of each new pixel (Pillow's
         BOX).
     pixels: "rgb", "grey" (both k/255) or "binary" (1 above half of the full intensity); None for
-        what all the images are, "rgb" if there is colour in some. What is transparent shows white.
+        what all the images are, "rgb" if there is colour in some. What is transparent shows white,
+        and of 16 bits in a channel the upper 8 are read.
     valid_fraction, test_fraction: shares of the images; the others are for training.
     batch_size: of the training batches.
     seed: of the split and of the order of the training images.
@@ -146,11 +147,11 @@ def image_folder(
             f"both must be above 0 and their sum below 1"
         )
     files, others = image_files(user_path(dir))
-    found = [size_and_kind(file) for file in files]
+    found = [facts_of(file) for file in files]
     if height is None or width is None:
-        height, width = _one_size(dir, [(height, width) for height, width, _ in found])
+        height, width = _one_size(dir, [(facts.height, facts.width) for facts in found])
     if pixels is None:
-        pixels = _kind([kind for *_, kind in found])
+        pixels = _kind([facts.kind for facts in found])
     images = torch.stack([read_image(file, height, width, pixels == "rgb") for file in files])
     copies = _copies(images > 127 if pixels == "binary" else images)
     valid_images, test_images = (round(f * len(copies)) for f in (valid_fraction, test_fraction))
@@ -166,6 +167,8 @@ def image_folder(
     train, valid, test = (_images(images[numbers], pixels) for numbers in chosen)
     more = len(files) - len(copies)
     notes = [f"{more:,} images are copies of others, and in their split"] if more else []
+    deep = sum(facts.deep for facts in found)
+    notes += [f"of {deep:,} images with 16 bits in a channel the upper 8 were read"] if deep else []
     notes += [others] if others else []
     return ImageData(train, valid, test, pixels, batch_size, seed, "image_folder", notes)
 

@@ -15,7 +15,7 @@ from gfnem.inference import device_of, inference, log_mean_exp
 from gfnem.model import LatentVariableModel
 from gfnem.posterior import Posterior
 from gfnem.posteriors.exact import ExactPosterior
-from gfnem.run.progress import Progress
+from gfnem.run.progress import counted
 from gfnem.tasks.discrete_vae.codes import Codes
 from gfnem.tasks.discrete_vae.images import ImageData, Images
 from gfnem.tasks.discrete_vae.importance import (
@@ -122,8 +122,6 @@ class DiscreteVAEEvaluator:
         self.batch_size = batch_size
         self.temperature_images = temperature_images
         self.select = select
-        # The exact likelihood once a model turns out to have one.
-        self.selection = "valid/nll" if select == "likelihood" else "valid/posterior_gap"
 
     def __call__(
         self, model: LatentVariableModel, posterior: Posterior, split: str, final: bool = False
@@ -142,9 +140,13 @@ class DiscreteVAEEvaluator:
                 of_training = self._rate_split(model, posterior, "train", temperature, final)
                 names = [f"train/{name}" for name in OF_TRAINING]
                 metrics |= {name: of_training[name] for name in names if name in of_training}
-        if self.select == "likelihood" and model.tractable:
-            self.selection = "valid/exact_nll"
         return metrics
+
+    def selection(self, model: LatentVariableModel) -> str:
+        assert isinstance(model, DiscreteVAE)
+        if self.select == "posterior_gap":
+            return "valid/posterior_gap"
+        return "valid/exact_nll" if model.tractable else "valid/nll"
 
     def _images(self, split: str) -> Images:
         """The images of a split that are rated."""
@@ -172,16 +174,12 @@ class DiscreteVAEEvaluator:
         images = self._images(split)
         figures: dict[str, list[Tensor]] = {}
         drawn = torch.zeros(model.codes, dtype=torch.long, device=device_of(model))
-        with Progress(shown=()) as progress:
-            if final:
-                progress.start(len(images), unit=f"{split} image")
-            for first in range(0, len(images), self.batch_size):
-                x = images.select(slice(first, first + self.batch_size)).to(device_of(model))
-                rated, index = self._rate(model, posterior, x, temperature, final)
-                for name, values in rated.items():
-                    figures.setdefault(name, []).append(values.double())
-                drawn += torch.bincount(index.flatten(), minlength=model.codes)
-                progress.update(first + len(x))
+        for first in counted(range(0, len(images), self.batch_size)):
+            x = images.select(slice(first, first + self.batch_size)).to(device_of(model))
+            rated, index = self._rate(model, posterior, x, temperature, final)
+            for name, values in rated.items():
+                figures.setdefault(name, []).append(values.double())
+            drawn += torch.bincount(index.flatten(), minlength=model.codes)
         metrics = {name: float(torch.cat(parts).mean()) for name, parts in figures.items()}
         nll = metrics["exact_nll"] if "exact_nll" in metrics else metrics["nll"]
         metrics["bits_per_dim"] = nll / math.prod(model.image_shape) / math.log(2)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
 
 from gfnem.errors import UserError
+
+MOST_BLOCKS = 1000
 
 
 class Residual(nn.Module):
@@ -50,11 +53,31 @@ def halvings(image: tuple[int, int], grid: tuple[int, int]) -> list[tuple[int, i
     ]
 
 
+def grid_of(image: tuple[int, int], grid: Sequence[int] | None) -> tuple[int, int]:
+    """The grid that is given, or else what halving an image leads to while 4 are left, or more.
+
+    Raises UserError for a grid that is no height and width.
+    """
+    if grid is None:
+        height, width = (
+            next(half for half in _halves(size) if (half + 1) // 2 < 4) for size in image
+        )
+        return height, width
+    if len(grid) != 2 or min(grid) < 1:
+        raise UserError(f"model.grid={list(grid)}: give its height and width in codes")
+    return grid[0], grid[1]
+
+
 def _reachable(size: int) -> str:
+    return ", ".join(map(str, _halves(size)))
+
+
+def _halves(size: int) -> list[int]:
+    """A size, half of it, half of that and so on, down to 1, rounded up."""
     way = [size]
     while way[-1] > 1:
         way.append((way[-1] + 1) // 2)
-    return ", ".join(map(str, way))
+    return way
 
 
 def downwards(
@@ -69,7 +92,9 @@ def downwards(
         channels = width
     if channels != width:
         layers += [nn.Conv2d(channels, width, 1)]
-    layers += [*(Residual(width) for _ in range(blocks)), nn.ReLU(inplace=True)]
+    layers += _residuals(width, blocks)
+    # What a rectifier gives must stay as it is for its gradient.
+    layers += [nn.ReLU(inplace=blocks > 0)]
     return _network(layers)
 
 
@@ -83,7 +108,7 @@ def upwards(
 ) -> nn.Sequential:
     """From embeddings of a grid's positions to `outputs` numbers for each pixel."""
     layers: list[nn.Module] = [nn.Conv2d(embedding, width, 1)]
-    layers += [Residual(width) for _ in range(blocks)]
+    layers += _residuals(width, blocks)
     sizes = halvings(image, grid)[::-1]
     spread: Spread | None = None
     for smaller, larger in zip(sizes, sizes[1:], strict=False):
@@ -139,6 +164,12 @@ class EachPixel(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         each = input.permute(0, 2, 3, 1).unflatten(3, (self.pixels, -1))
         return super().forward(each).flatten(3).permute(0, 3, 1, 2)
+
+
+def _residuals(width: int, blocks: int) -> list[nn.Module]:
+    if blocks > MOST_BLOCKS:
+        raise UserError(f"blocks is {blocks}; it must be at most {MOST_BLOCKS}")
+    return [Residual(width) for _ in range(blocks)]
 
 
 def _network(layers: list[nn.Module]) -> nn.Sequential:

@@ -9,6 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from gfnem.categorical import drawable
+
 # Half the distance of two levels.
 _HALF = 1 / 510
 # Of the logistic's scale, in intensities from 0 to 1: far below a level's width.
@@ -65,7 +67,7 @@ class Bernoulli(Likelihood):
         return output.sigmoid()
 
     def sample(self, output: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return torch.bernoulli(output.sigmoid(), generator=generator)
+        return torch.bernoulli(drawable(output).sigmoid(), generator=generator)
 
 
 class DiscretisedLogistic(Likelihood):

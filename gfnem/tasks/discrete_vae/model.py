@@ -15,7 +15,7 @@ from gfnem.precision import Precision, check_precision, in_precision
 from gfnem.tasks.discrete_vae.causal import PriorName, prior_named
 from gfnem.tasks.discrete_vae.codes import Codes, distinct
 from gfnem.tasks.discrete_vae.images import Images, Pixels
-from gfnem.tasks.discrete_vae.layers import upwards
+from gfnem.tasks.discrete_vae.layers import grid_of, upwards
 from gfnem.tasks.discrete_vae.likelihood import Bernoulli, DiscretisedLogistic, Likelihood
 
 # Grids of more codes than this are not enumerated.
@@ -32,7 +32,8 @@ class DiscreteVAE(TractableModel, PriorModel):
 
     channels, height, width: of the images.
     pixels: "binary" for a Bernoulli likelihood, "grey" or "rgb" for a discretised logistic one.
-    grid: its height and width in codes; sizes that halving the image's leads to.
+    grid: its height and width in codes; sizes that halving the image's leads to, None for those of
+        4 to 6 that it does, or the image's own.
     codes: entries of the codebook.
     embedding: width of an entry.
     decoder_width: channels of the decoder's convolutions.
@@ -51,7 +52,7 @@ class DiscreteVAE(TractableModel, PriorModel):
         height: int,
         width: int,
         pixels: Pixels = "binary",
-        grid: Sequence[int] = (4, 4),
+        grid: Sequence[int] | None = None,
         codes: int = 8,
         embedding: int = 32,
         decoder_width: int = 32,
@@ -71,8 +72,6 @@ class DiscreteVAE(TractableModel, PriorModel):
         ):
             if value < least:
                 raise UserError(f"model.{name} is {value}; it must be at least {least}")
-        if len(grid) != 2 or min(grid) < 1:
-            raise UserError(f"model.grid={list(grid)}: give its height and width in codes")
         if prior not in ("uniform", "masked_linear", "masked_convolution"):
             raise UserError(
                 f"model.prior is {prior!r}; use 'uniform', 'masked_linear' or 'masked_convolution'"
@@ -80,8 +79,8 @@ class DiscreteVAE(TractableModel, PriorModel):
         check_precision("model", precision)
         self.precision: Precision = precision
         self.decoder_width = decoder_width
-        self.grid = (grid[0], grid[1])
-        self.positions = grid[0] * grid[1]
+        self.grid = grid_of((height, width), grid)
+        self.positions = self.grid[0] * self.grid[1]
         self.codes = codes
         self.pixels = pixels
         self.image_shape = (channels, height, width)

@@ -22,7 +22,7 @@ from gfnem.tasks.discrete_vae.causal import CausalLinear
 from gfnem.tasks.discrete_vae.codes import Codes, distinct
 from gfnem.tasks.discrete_vae.env import GridEnv
 from gfnem.tasks.discrete_vae.images import Images
-from gfnem.tasks.discrete_vae.layers import downwards
+from gfnem.tasks.discrete_vae.layers import downwards, grid_of
 from gfnem.tasks.discrete_vae.model import DiscreteVAE
 
 
@@ -68,7 +68,7 @@ class GridPolicy(SequencePolicy):
         channels: int,
         height: int,
         width: int,
-        grid: Sequence[int] = (4, 4),
+        grid: Sequence[int] | None = None,
         codes: int = 8,
         embedding: int = 32,
         encoder_width: int = 32,
@@ -79,7 +79,8 @@ class GridPolicy(SequencePolicy):
         precision: Precision = "float32",
         compile: bool = False,
     ):
-        super().__init__(steps=grid[0] * grid[1])
+        rows, columns = grid_of((height, width), grid)
+        super().__init__(steps=rows * columns)
         for name, value, least in (
             ("encoder_width", encoder_width, 1),
             ("blocks", blocks, 0),
@@ -98,9 +99,7 @@ class GridPolicy(SequencePolicy):
         self.embedding = embedding
         self.logits = logits
         self.autoregressive = autoregressive
-        self.encoder = downwards(
-            channels, encoder_width, blocks, (height, width), (grid[0], grid[1])
-        )
+        self.encoder = downwards(channels, encoder_width, blocks, (height, width), (rows, columns))
         if compile:
             self.encoder.compile()
         self.projection: nn.Module = nn.Linear(
@@ -115,7 +114,6 @@ class GridPolicy(SequencePolicy):
             nn.init.zeros_(self.correct.weight)
             nn.init.zeros_(self.correct.bias)
         self.flow = nn.Linear(hidden, 1)
-        self.last_condition: GridCondition | None = None
 
     def make_env(self, device: torch.device) -> GridEnv:
         return GridEnv(self.steps, self.codes, device)
@@ -146,8 +144,7 @@ class GridPolicy(SequencePolicy):
     def condition(self, model: DiscreteVAE, x: Images) -> GridCondition:
         features = self.features(x)
         base = self.base_logits(model, self.projection(features))
-        self.last_condition = GridCondition(x, model, base, self.correction.given(features))
-        return self.last_condition
+        return GridCondition(x, model, base, self.correction.given(features))
 
     def draw(
         self, condition: GridCondition, samples: int, temperature: float = 1.0
@@ -249,21 +246,18 @@ class GridPolicy(SequencePolicy):
         fixed = torch.cat([none, placed[:-1], log_joint.flatten()[None]])
         return torch.cat([learned, none]), fixed
 
-    def estimators(self) -> tuple[GridEstimator, GridEstimator]:
-        return GridEstimator(self, is_backward=False), GridEstimator(self, is_backward=True)
+    def estimators(self, condition: GridCondition) -> tuple[GridEstimator, GridEstimator]:
+        return GridEstimator(self, condition, False), GridEstimator(self, condition, True)
 
     def flow_parameters(self) -> list[nn.Parameter]:
         return list(self.flow.parameters())
 
 
 class GridEstimator(PolicyEstimator):
-    """P_F or P_B at given states of a `GridEnv`, for torchgfn's own samplers.
+    """P_F or P_B at given states of a `GridEnv`, for torchgfn's own samplers."""
 
-    The states' images are rows of the batch that the policy has last seen (`condition`).
-    """
-
-    def __init__(self, policy: GridPolicy, is_backward: bool):
-        super().__init__(policy, is_backward, policy.codes + 1)
+    def __init__(self, policy: GridPolicy, condition: GridCondition, is_backward: bool):
+        super().__init__(policy, condition, is_backward, policy.codes + 1)
 
     def forward(
         self, states: DiscreteStates, conditions: Float[Tensor, "*batch 1"]

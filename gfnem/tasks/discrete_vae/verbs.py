@@ -15,19 +15,23 @@ from gfnem.tasks.discrete_vae.model import DiscreteVAE
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MOST = 1_000  # images in a picture
+
 
 def generate(em: EM, n: int = 16, file: str = "samples.png") -> Iterator[str]:
     """Write a picture of images drawn from the model, and say where it is.
 
     Args:
-        n: how many images.
+        n: how many images, 1,000 at most.
         file: the picture; its name says the format, as in .png, .pdf or .svg.
 
     Raises:
-        UserError: n is below 1, or the file cannot be written.
+        UserError: n is out of its range, or the file cannot be written.
     """
     if n < 1:
         raise UserError(f"n is {n}; it must be at least 1")
+    if n > MOST:
+        raise UserError(f"n is {n}; a picture holds {MOST} images at most")
     _save(prior_samples(_model(em), n), file)
     yield f"{n} images drawn from the model: {file}"
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 from gfnem.errors import UserError
 from gfnem.tasks.grammar.model import GrammarModel, check_positive
 from gfnem.tasks.grammar.rules.dense import DenseGrammar
-from gfnem.tasks.grammar.text.corpus import UNKNOWN, GrammarData, Vocabulary
+from gfnem.tasks.grammar.text.corpus import UNKNOWN, GrammarData, Vocabulary, check_least
 from gfnem.tasks.grammar.text.reading import Reading
 from gfnem.tasks.grammar.trees.prior import TreePrior
 
@@ -99,14 +99,14 @@ def random_grammar(
     Raises UserError for an option out of its range, and where the grammar hardly ever gives a
     sentence of these lengths.
     """
-    for name, value in (
-        ("words", words),
-        ("train_sentences", train_sentences),
-        ("valid_sentences", valid_sentences),
-        ("test_sentences", test_sentences),
+    for name, value, least in (
+        ("words", words, 1),
+        ("train_sentences", train_sentences, 1),
+        ("valid_sentences", valid_sentences, 1),
+        ("test_sentences", test_sentences, 1),
+        ("max_length", max_length, 2),
     ):
-        if value < 1:
-            raise UserError(f"data.{name} is {value}; it must be at least 1")
+        check_least(f"data.{name}", value, least)
     model = RandomPCFG(
         words + 1, nonterminals, preterminals, sharpness, rules_seed, max_length, tries=1
     )

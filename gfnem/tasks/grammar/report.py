@@ -9,9 +9,9 @@ from gfnem.posterior import Posterior
 from gfnem.run import Run
 from gfnem.run.plots import bar_table, learning_curves
 from gfnem.tasks.grammar.decode import parse
+from gfnem.tasks.grammar.drawing import draw_trees
 from gfnem.tasks.grammar.text.corpus import Corpus
 from gfnem.tasks.grammar.text.walk import bracketed, depth_of
-from gfnem.tasks.grammar.trees.drawing import draw_trees
 from gfnem.tasks.grammar.trees.scores import SentenceScores
 from gfnem.training.parts import Metrics
 
@@ -111,7 +111,7 @@ def add_scores(run: Run, scores: Mapping[str, SentenceScores]) -> None:
 
 
 def _shown(corpus: Corpus) -> list[int]:
-    """The sentences of a corpus to be shown, of those that are good to draw if any."""
+    """The sentences of a corpus to be shown: some that are good to draw, or the shortest ones."""
     numbers = range(len(corpus.sentences))
     fitting = [i for i in numbers if len(corpus.sentences[i]) in SHOWN_LENGTHS]
-    return (fitting or list(numbers))[:SHOWN]
+    return (fitting or sorted(numbers, key=lambda i: len(corpus.sentences[i])))[:SHOWN]

@@ -13,6 +13,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -298,9 +299,10 @@ def _rows(file: Path) -> Iterator[tuple[int, list[float]]]:
 
 def _read_npy(file: Path) -> np.ndarray:
     try:
-        values = np.load(file, allow_pickle=False)
-        return np.asarray(values).astype(np.float64, casting="same_kind")
-    except (ValueError, EOFError):
+        with file.open("rb") as opened:
+            values = np.lib.format.read_array(opened, allow_pickle=False)
+        return values.astype(np.float64, casting="same_kind")
+    except (ValueError, EOFError, SyntaxError, TokenError):
         raise UserError(f"{file} is damaged or no NPY file: write it with numpy.save") from None
     except TypeError:
         raise UserError(f"{file} holds no real numbers: give an array of them") from None

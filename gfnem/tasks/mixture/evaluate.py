@@ -71,7 +71,7 @@ class MixtureEvaluator:
         self.samples = samples
         self.divergences = divergences
         self.gradient_e_steps = gradient_e_steps
-        self.selection = "valid/nll" if select == "likelihood" else "valid/posterior_gap"
+        self.select = select
 
     def __call__(
         self, model: LatentVariableModel, posterior: Posterior, split: str, final: bool = False
@@ -95,6 +95,9 @@ class MixtureEvaluator:
             for number, mean in enumerate(model.means[:, :2].tolist()):
                 metrics |= {f"means/{number}_{a}": v for a, v in zip(AXES, mean, strict=True)}
         return metrics
+
+    def selection(self, model: LatentVariableModel) -> str:
+        return "valid/nll" if self.select == "likelihood" else "valid/posterior_gap"
 
     def report(self, model: LatentVariableModel, posterior: Posterior, run: Run) -> None:
         """Learning curves, the test points with their components, and the means on their way."""

@@ -66,18 +66,16 @@ class MixturePolicy(SequencePolicy):
         self.supercluster = nn.Linear(width, superclusters)
         self.petal = nn.Linear(width, superclusters * petals)
         self.flow = nn.Linear(width, 1 + superclusters)
-        self.last_condition: MixtureCondition | None = None
 
     def condition(self, model: HierarchicalMixture, x: Points) -> MixtureCondition:
         hidden = self.network((x.values - self.center) / self.spread)
-        self.last_condition = MixtureCondition(
+        return MixtureCondition(
             x,
             model,
             self.supercluster(hidden),
             self.petal(hidden).unflatten(1, (self.superclusters, self.petals)),
             self.flow(hidden),
         )
-        return self.last_condition
 
     def make_env(self, device: torch.device) -> MixtureEnv:
         return MixtureEnv(self.superclusters, self.petals, device)
@@ -141,21 +139,18 @@ class MixturePolicy(SequencePolicy):
         log_prior = torch.full_like(log_joint, self.superclusters).log().neg()
         return learned, torch.stack([none, log_prior, log_joint]).flatten(1)
 
-    def estimators(self) -> tuple[MixtureEstimator, MixtureEstimator]:
-        return MixtureEstimator(self, is_backward=False), MixtureEstimator(self, is_backward=True)
+    def estimators(self, condition: MixtureCondition) -> tuple[MixtureEstimator, MixtureEstimator]:
+        return MixtureEstimator(self, condition, False), MixtureEstimator(self, condition, True)
 
     def flow_parameters(self) -> list[nn.Parameter]:
         return list(self.flow.parameters())
 
 
 class MixtureEstimator(PolicyEstimator):
-    """P_F or P_B at given states of a `MixtureEnv`, for torchgfn's own samplers.
+    """P_F or P_B at given states of a `MixtureEnv`, for torchgfn's own samplers."""
 
-    The states' points are rows of the batch that the policy has last seen (`condition`).
-    """
-
-    def __init__(self, policy: MixturePolicy, is_backward: bool):
-        super().__init__(policy, is_backward, policy.superclusters + policy.petals + 1)
+    def __init__(self, policy: MixturePolicy, condition: MixtureCondition, is_backward: bool):
+        super().__init__(policy, condition, is_backward, policy.superclusters + policy.petals + 1)
 
     def forward(
         self, states: DiscreteStates, conditions: Float[Tensor, "*batch 1"]

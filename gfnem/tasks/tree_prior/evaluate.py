@@ -13,6 +13,7 @@ from gfnem.errors import UserError
 from gfnem.inference import device_of, inference
 from gfnem.model import LatentVariableModel
 from gfnem.posterior import Posterior
+from gfnem.run.progress import counted
 from gfnem.tasks.grammar.trees.energy import Depth, RightBranching
 from gfnem.tasks.grammar.trees.f1 import SpanCounts
 from gfnem.tasks.grammar.trees.tree import Trees
@@ -56,8 +57,6 @@ class ShapeEvaluator:
     samples: draws for each sentence.
     """
 
-    selection = "valid/pseudo_nll"
-
     def __init__(self, data: ShapeData, samples: int = 4):
         if samples < 1:
             raise UserError(f"evaluator.samples is {samples}; it must be at least 1")
@@ -73,7 +72,7 @@ class ShapeEvaluator:
         gold = self.data.trees.split(split).gold
         assert gold is not None
         with inference(model, posterior):
-            for x in self.data.batches(split):
+            for x in counted(self.data.batches(split)):
                 x = x.to(device_of(model))
                 drawn: Trees = posterior.sample(model, x, self.samples).z
                 rated = _rate(model, x, drawn)
@@ -84,6 +83,9 @@ class ShapeEvaluator:
         metrics = {name: float(v.mean()) for name, v in means.items() if v.numel()}
         metrics["model_sentence_f1"] = SpanCounts.cat(counts).sentence_f1
         return {f"{split}/{name}": value for name, value in metrics.items()}
+
+    def selection(self, model: LatentVariableModel) -> str:
+        return "valid/pseudo_nll"
 
     def report(self, model: LatentVariableModel, posterior: Posterior, run: Run) -> None:
         """Learning curves."""

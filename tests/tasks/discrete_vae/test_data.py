@@ -25,7 +25,7 @@ from gfnem.errors import UserError
 from gfnem.tasks.discrete_vae.data import digits, fashion_mnist, image_folder, mnist
 from gfnem.tasks.discrete_vae.idx import read_idx
 from gfnem.tasks.discrete_vae.images import ImageData, Images
-from gfnem.tasks.discrete_vae.pictures import read_image
+from gfnem.tasks.discrete_vae.pictures import facts_of, read_image
 
 SPLITS = ("train", "valid", "test")
 TRAIN, TEST = "train-images-idx3-ubyte", "t10k-images-idx3-ubyte"
@@ -320,31 +320,69 @@ def deep_png(colour_type: int, channels: int) -> bytes:
         check = struct.pack(">I", zlib.crc32(name + content))
         return struct.pack(">I", len(content)) + name + content + check
 
-    rows = (b"\0" + bytes([0, 200] * channels * 2)) * 2
+    rows = (b"\0" + bytes([200, 7] * channels * 2)) * 2
     header = struct.pack(">2I5B", 2, 2, 16, colour_type, 0, 0, 0)
     start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
     return start + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
+def deep_tiff(bits: int, white: int = 1, kind: int = 1) -> bytes:
+    """A TIFF file of 2 x 1 grey pixels, as the format says, byte by byte."""
+    tags = {
+        256: 2,
+        257: 1,
+        258: bits,
+        259: 1,
+        262: white,
+        273: 8,
+        277: 1,
+        278: 1,
+        279: 4,
+        339: kind,
+    }
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    pixels = bytes([7, 200, 7, 100])
+    return b"II*\0\x0c\0\0\0" + pixels + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
 @pytest.mark.parametrize(
-    "content",
+    ("content", "kind", "shown"),
     [
-        *(deep_png(colour_type, n) for colour_type, n in ((0, 1), (2, 3), (4, 2), (6, 4))),
-        b"P6 2 1 65535\n" + bytes([0, 200] * 6),
-        b"P5 2 1 1023\n" + bytes([0, 200] * 2),
+        (deep_png(0, 1), "grey", 200),
+        (deep_png(2, 3), "rgb", 200),
+        (deep_png(4, 2), "grey", 212),  # 200 on white: 200 * 200 / 255 + 55
+        (deep_png(6, 4), "rgb", 212),
+        (b"P6 1 1 65535\n" + bytes([200, 7] * 3), "rgb", 199),  # Pillow divides by 257
+        (b"P5 1 1 65535\n" + bytes([200, 7]), "grey", 200),
+        (b"P5 1 1 1023\n" + bytes([2, 0]), "grey", 128),
+        (deep_tiff(16), "grey", 200),
     ],
 )
-def test_channels_of_more_than_8_bits_are_not_cut_off(tmp_path: Path, content: bytes):
+def test_of_16_bits_the_upper_8_are_read(tmp_path: Path, content: bytes, kind: str, shown: int):
     file = tmp_path / "own.png"
     file.write_bytes(content)
+    facts = facts_of(file)
+    assert facts.deep and facts.kind == kind
+    found = read_image(file, facts.height, facts.width, colour=kind == "rgb")
+    assert found.flatten(1)[:, 0].tolist() == [shown] * (3 if kind == "rgb" else 1)
+
+
+@pytest.mark.parametrize("content", [deep_tiff(16, white=0), deep_tiff(16, kind=2), deep_tiff(12)])
+def test_depths_that_say_too_little(tmp_path: Path, content: bytes):
+    file = tmp_path / "own.tif"
+    file.write_bytes(content)
     raises(
-        f"^{file} .*: it has more than 8 bits in a channel; remove, replace or convert it$",
-        read_image,
+        f"^{file} .*: what is black and white in its numbers .I(;16)?. is unknown",
+        facts_of,
         file=file,
-        height=2,
-        width=2,
-        colour=True,
     )
+
+
+def test_images_of_16_bits_are_told(tmp_path: Path):
+    folder = write_images(tmp_path)
+    (tmp_path / "deep.png").write_bytes(deep_png(2, 3))
+    told = "; of 1 images with 16 bits in a channel the upper 8 were read"
+    assert image_folder(folder, 4, 4).describe().endswith(told)
 
 
 def test_jpeg_files_in_cmyk(tmp_path: Path):
@@ -447,7 +485,9 @@ def test_hidden_images_are_passed_over(tmp_path: Path):
 
 def test_images_of_people(cases: Path, tmp_path: Path):
     folder = cases / "images"
-    raises("rgb16_dark.png .* more than 8 bits in a channel", image_folder, dir=str(folder))
+    raises(
+        "rgb16_dark.png .* the upper 8 are black everywhere; remove", image_folder, dir=str(folder)
+    )
     shape = read_image(folder / "alpha_only.png", 32, 32, colour=False)
     alpha = np.array(Image.open(folder / "alpha_only.png"))[:, :, 3]
     assert shape[0].tolist() == (255 - alpha).tolist()
@@ -663,5 +703,5 @@ def test_images_that_cannot_be_read(tmp_path: Path):
     raises(f"^{broken} cannot be read as an image: .*remove", image_folder, dir=folder)
     broken.write_bytes(b"")
     raises(f"^{broken} cannot be read as an image", image_folder, dir=folder)
-    Image.fromarray(np.full((2, 2), 40_000, dtype=np.uint16)).save(broken)
-    raises(f"^{broken} .*: it has more than 8 bits in a channel", image_folder, dir=folder)
+    Image.fromarray(np.full((4, 4), 255, dtype=np.uint16)).save(broken)
+    raises(f"^{broken} .*: it has 16 bits in a channel, and the up", image_folder, dir=folder)

@@ -46,7 +46,7 @@ def test_torchgfn_s_sampler_draws_from_the_policy(autoregressive):
     env = debug_env()
     start = env.reset(batch_shape=(len(rows),), conditions=rows[:, None].double())
     torch.manual_seed(0)
-    forward, _ = policy.estimators()
+    forward, _ = policy.estimators(condition)
     trajectories = Sampler(forward).sample_trajectories(env, states=start)
     assert (trajectories.terminating_idx == 5).all()
     ends = trajectories.terminating_states.tensor

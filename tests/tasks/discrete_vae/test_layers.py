@@ -11,9 +11,12 @@ from gfnem.tasks.discrete_vae.layers import (
     EachPixel,
     Spread,
     downwards,
+    grid_of,
     halvings,
     upwards,
 )
+from gfnem.tasks.discrete_vae.model import DiscreteVAE
+from gfnem.tasks.discrete_vae.policy import GridPolicy
 from tests.tasks.discrete_vae.tiny import make_model, make_policy
 
 WAYS = {
@@ -30,6 +33,25 @@ WAYS = {
 @pytest.mark.parametrize("image, grid", WAYS)
 def test_halvings(image, grid):
     assert halvings(image, grid) == WAYS[image, grid]
+
+
+@pytest.mark.parametrize(
+    "image, grid",
+    [
+        ((28, 28), (4, 4)),
+        ((32, 32), (4, 4)),
+        ((8, 8), (4, 4)),
+        ((24, 24), (6, 6)),
+        ((24, 100), (6, 4)),
+        ((20, 7), (5, 4)),
+        ((3, 1), (3, 1)),
+    ],
+)
+def test_the_grid_of_an_image_where_none_is_given(image, grid):
+    assert grid_of(image, None) == grid
+    assert halvings(image, grid)[-1] == grid
+    assert DiscreteVAE(1, *image).grid == grid
+    assert GridPolicy(1, *image).positions == grid[0] * grid[1]
 
 
 @pytest.mark.parametrize("image, grid", WAYS)
@@ -74,6 +96,14 @@ def test_no_blocks_and_more_blocks():
     ]
     # 4 x 4 weights of 3 x 3 and of 1 x 1, and two biases of 4.
     assert [size - sizes[0] for size in sizes] == [0, 168, 3 * 168]
+
+
+def test_networks_without_residual_blocks_learn():
+    down = downwards(1, 4, 0, (8, 8), (4, 4))
+    down(torch.rand(2, 1, 8, 8)).sum().backward()
+    assert all(parameter.grad is not None for parameter in down.parameters())
+    with pytest.raises(UserError, match="^blocks is 1001; it must be at most 1000$"):
+        downwards(1, 4, 1001, (8, 8), (4, 4))
 
 
 @pytest.mark.parametrize("grid", [(3, 5), (4, 4), (29, 29)])

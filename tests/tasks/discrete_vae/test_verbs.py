@@ -49,6 +49,8 @@ def test_reconstruct_shows_the_first_test_images(em, tmp_path):
 def test_pictures_that_cannot_be_made_are_refused(em, tmp_path):
     with pytest.raises(UserError, match="n is 0; it must be at least 1"):
         list(generate(em, 0))
+    with pytest.raises(UserError, match="n is 1001; a picture holds 1000 images at most"):
+        list(generate(em, 1001))
     missing = tmp_path / "missing" / "samples.png"
     with pytest.raises(UserError, match=f"file={missing} cannot be written: No such file"):
         list(generate(em, 1, str(missing)))

@@ -144,7 +144,7 @@ def test_a_run_goes_on_where_it_stopped(start, stop):
     """Before, at and behind the change."""
     whole = em(start, 6)
     whole.fit()
-    assert whole.m_steps == 6 and whole.e_steps == 6
+    assert whole.done.m_steps == 6 and whole.done.e_steps == 6
     first = em(start, stop)
     first.fit()
     state = first.state_dict()  # with the random numbers as they are before the next is made

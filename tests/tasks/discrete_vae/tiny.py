@@ -170,7 +170,7 @@ def q_table(policy: GridPolicy, model: DiscreteVAE, x: Images) -> list[dict[Any,
     condition = policy.condition(model, x)
     grids = all_grids(policy.positions, policy.codes)
     env = policy.trajectories(condition, policy.sample(condition, 1)).env
-    forward = policy.estimators()[0]
+    forward = policy.estimators(condition)[0]
     tables = []
     for row in range(len(x)):
         log_q = torch.zeros(len(grids))

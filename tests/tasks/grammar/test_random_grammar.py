@@ -80,6 +80,7 @@ def test_divergences_of_sentences_of_different_lengths():
     [
         ({"words": 0}, "data.words is 0; it must be at least 1"),
         ({"test_sentences": 0}, "data.test_sentences is 0; it must be at least 1"),
+        ({"max_length": 1}, "data.max_length is 1; it must be at least 2"),
         ({"sharpness": -1.0}, "data.sharpness is -1.0; it must not be negative"),
         ({"nonterminals": 0}, "model.nonterminals is 0; it must be at least 1"),
     ],

@@ -42,3 +42,12 @@ def test_gold_trees_too_deep_to_draw_are_in_the_table_alone():
         add_parses(cast(Run, kept), data.test, model, ExactPosterior(), samples=2)
         assert ("gold" in kept.texts) == drawn
         assert kept.rows[0][3].count("(") == levels
+
+
+def test_the_shortest_sentences_are_shown_where_none_is_good_to_draw():
+    reading = Reading([["a"] * length for length in range(30, 20, -1)], None)
+    data = GrammarData("tiny", reading, reading, reading, min_count=1, max_length=30)
+    kept = Kept()
+    model = FixedModel(oracle.random_grammar(2, 2, 4, seed=0))
+    add_parses(cast(Run, kept), data.test, model, ExactPosterior(), samples=2)
+    assert [len(row[0].split()) for row in kept.rows] == [21, 22, 23, 24, 25, 26]

@@ -175,6 +175,12 @@ MISTAKES: list[tuple[str, Callable[[Path], Any], str]] = [
     ("a.csv", write("1,2\n3,-1e20\n"), " has a number in point 2 that is beyond 1e+15, too large"),
     ("a.npy", save([[1e300, 2.0]]), " has a number in point 1 that is beyond 1e+15, too large to"),
     ("a.npy", write("1,2\n"), " is damaged or no NPY file: write it with numpy.save"),
+    ("a.npy", write("PK\x03\x04 an archive"), " is damaged or no NPY file: write it with numpy.s"),
+    (
+        "a.npy",
+        lambda file: file.write_bytes(b"\x93NUMPY\x01\0\x0a\0{'descr': (1"),
+        " is damaged or no NPY file: write it with numpy.save",
+    ),
     ("a.npy", save([[{}, 1]]), " is damaged or no NPY file: write it with numpy.save"),
     ("a.npy", save([["a", "b"]]), " holds no real numbers: give an array of them"),
     ("a.npy", save([[1j, 2]]), " holds no real numbers: give an array of them"),

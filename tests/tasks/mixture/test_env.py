@@ -31,12 +31,12 @@ def debug_env(superclusters: int, petals: int) -> MixtureEnv:
 
 def test_torchgfn_s_sampler_draws_from_the_policy():
     model, policy, x = make_model(), make_policy(), points(3)
-    policy.condition(model, x)
+    condition = policy.condition(model, x)
     rows = torch.arange(3).repeat_interleave(4_000)
     env = debug_env(3, 4)
     start = env.reset(batch_shape=(len(rows),), conditions=rows[:, None].double())
     torch.manual_seed(0)
-    trajectories = Sampler(policy.estimators()[0]).sample_trajectories(env, states=start)
+    trajectories = Sampler(policy.estimators(condition)[0]).sample_trajectories(env, states=start)
     assert (trajectories.terminating_idx == 3).all()
     ends = trajectories.terminating_states.tensor
     for row, probability in enumerate(q_tables(policy, model, x)):

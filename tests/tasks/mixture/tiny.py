@@ -102,7 +102,7 @@ def q_tables(policy: MixturePolicy, model: Any, x: Points) -> list[dict[Componen
     """q(z | x) of every component, for each point, as torchgfn's estimators have it."""
     condition = policy.condition(model, x)
     env = policy.trajectories(condition, policy.sample(condition, 1)).env
-    forward = policy.estimators()[0]
+    forward = policy.estimators(condition)[0]
     each = components(policy.superclusters, policy.petals)
     tables = []
     for row in range(len(x)):

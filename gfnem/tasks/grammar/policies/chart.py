@@ -18,23 +18,18 @@ labellings: the last choice forgets the labels, and has P_B = p(labels | shape, 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Literal
 
 import torch
+from gfn.containers import Trajectories
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gfnem.categorical import sample_categorical
 from gfnem.errors import UserError
-from gfnem.gflownet.policy import (
-    ON_POLICY,
-    Behaviour,
-    NumberedPolicy,
-    Paths,
-    trajectories_of_choices,
-)
-from gfnem.gflownet.trajectories import ScoredTrajectories
+from gfnem.gflownet.paths import Paths
+from gfnem.gflownet.policy import ON_POLICY, Behaviour, NumberedPolicy
+from gfnem.gflownet.trajectories import trajectories_of_choices
 from gfnem.model import LatentVariableModel
 from gfnem.tasks.grammar.inference.labelled import labels_above, root_score, rule_scores
 from gfnem.tasks.grammar.model import GrammarModel, check_latent
@@ -118,7 +113,6 @@ class ChartPolicy(NumberedPolicy):
             dropout,
             symbol_dropout,
         )
-        self.last_condition: ChartCondition | None = None
         self._envs: dict[tuple[int, str], ChartEnv] = {}
 
     def check(self, model: LatentVariableModel) -> None:
@@ -152,10 +146,7 @@ class ChartPolicy(NumberedPolicy):
             with torch.set_grad_enabled(gradients):
                 return self.encoder(potentials.preterminal, x.lengths)
 
-        self.last_condition = ChartCondition(
-            x, model, grammar, model_potentials, potentials, guide, encode
-        )
-        return self.last_condition
+        return ChartCondition(x, model, grammar, model_potentials, potentials, guide, encode)
 
     def _guide(self, grammar: Grammar, potentials: Potentials) -> Guide:
         if self.guide == "none":
@@ -310,6 +301,7 @@ class ChartPolicy(NumberedPolicy):
             log_joint=log_joint,
             log_forward=torch.cat([forward, leave]).unflatten(1, (batch, samples)),
             log_backward=backward,
+            exits=condition.lengths,
             flows=lambda: self._flows(condition, trees, above, order, rules, fixed, log_joint),
             record=choices,
             model_log_joint=model_log_joint if model_log_joint.requires_grad else None,
@@ -407,11 +399,10 @@ class ChartPolicy(NumberedPolicy):
         self.usage.mul_(DECAY).add_(counts)
         self.clustering_age += 1
 
-    def trajectories(self, condition: ChartCondition, paths: Paths) -> ScoredTrajectories:
+    def trajectories(self, condition: ChartCondition, paths: Paths) -> Trajectories:
         choices = paths.record
         env = self._env(choices.shape[1], choices.device)
-        count = condition.lengths.repeat_interleave(paths.z.start.shape[1])
-        return trajectories_of_choices(env, choices, choices.t(), paths, count)
+        return trajectories_of_choices(env, choices, choices.t(), paths, counted=True)
 
     def _env(self, steps: int, device: torch.device) -> ChartEnv:
         key = steps, str(device)
@@ -420,9 +411,8 @@ class ChartPolicy(NumberedPolicy):
             self._envs[key] = ChartEnv(steps, choices, device)
         return self._envs[key]
 
-    def estimators(self) -> tuple[ChartEstimator, ChartEstimator]:
-        of = partial(ChartEstimator, self, choices=self.choices, latent=self.latent)
-        return of(is_backward=False), of(is_backward=True)
+    def estimators(self, condition: ChartCondition) -> tuple[ChartEstimator, ChartEstimator]:
+        return ChartEstimator(self, condition, False), ChartEstimator(self, condition, True)
 
     def flow_parameters(self) -> list[nn.Parameter]:
         return list(self.encoder.flow.parameters())

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from gfnem.gflownet.estimator import PolicyEstimator
-from gfnem.gflownet.policy import Policy
 from gfnem.gflownet.sequence_env import SequenceEnv
 from gfnem.tasks.grammar.policies.choices import Choices
 from gfnem.tasks.grammar.policies.splits import Spans
@@ -31,17 +30,11 @@ class ChartEnv(SequenceEnv):
 
 
 class ChartEstimator(PolicyEstimator):
-    """P_F or P_B at given states, which hold the choices made: a labelled tree in the end.
+    """P_F or P_B at given states, which hold the choices made: a labelled tree in the end."""
 
-    The states' sentences are rows of the batch that the policy has last seen (`condition`).
-
-    choices, latent: the policy's.
-    """
-
-    def __init__(self, policy: Policy, is_backward: bool, choices: Choices, latent: str):
-        super().__init__(policy, is_backward)
-        self.choices = choices
-        self.latent = latent
+    @property
+    def choices(self) -> Choices:
+        return self.policy.choices
 
     def forward(
         self, states: DiscreteStates, conditions: Float[Tensor, "*batch 2"]
@@ -69,7 +62,7 @@ class ChartEstimator(PolicyEstimator):
         self, states: DiscreteStates, module_output: Tensor, **options: Any
     ) -> Distribution:
         distribution = super().to_probability_distribution(states, module_output, **options)
-        if self.is_backward and self.latent == "shape":
+        if self.is_backward and self.policy.latent == "shape":
             return WithLabels(distribution, self._log_labels(states))
         return distribution
 

@@ -83,10 +83,11 @@ class SpanEncoder(nn.Module):
         symbol_dropout: float = 0.0,
     ):
         super().__init__()
-        if not 0 <= symbol_dropout < 1:
-            raise UserError(
-                f"policy.symbol_dropout is {symbol_dropout}; it must be at least 0 and below 1"
-            )
+        if width < 1:
+            raise UserError(f"the width of the policy's encoder is {width}; it must be at least 1")
+        for name, value in (("dropout", dropout), ("symbol_dropout", symbol_dropout)):
+            if not 0 <= value < 1:
+                raise UserError(f"policy.{name} is {value}; it must be at least 0 and below 1")
         self.symbol_dropout = symbol_dropout
         self.embedding = nn.Linear(preterminals, width)
         # Probabilities over many preterminals are small; this gives the layer's input unit scale.

@@ -7,6 +7,7 @@ from itertools import permutations
 from typing import Literal
 
 import torch
+from gfn.containers import Trajectories
 from gfn.states import DiscreteStates
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from gfnem.categorical import sample_categorical
 from gfnem.errors import UserError
 from gfnem.gflownet.estimator import PolicyEstimator
-from gfnem.gflownet.policy import ON_POLICY, Behaviour, NumberedPolicy, Paths
-from gfnem.gflownet.trajectories import ScoredTrajectories
+from gfnem.gflownet.paths import Paths
+from gfnem.gflownet.policy import ON_POLICY, Behaviour, NumberedPolicy
+from gfnem.gflownet.trajectories import make_trajectories
 from gfnem.latents import LatentTable
 from gfnem.model import LatentVariableModel
 from gfnem.tasks.grammar.model import GrammarModel
@@ -76,7 +78,6 @@ class ForestPolicy(NumberedPolicy):
         self.encoder = SpanEncoder(
             preterminals, nonterminals, self.symbols, max_length, width, dropout, symbol_dropout
         )
-        self.last_condition: ForestCondition | None = None
         self._envs: dict[tuple[int, str], ForestEnv] = {}
 
     @property
@@ -120,11 +121,10 @@ class ForestPolicy(NumberedPolicy):
             with torch.set_grad_enabled(gradients):
                 return self.encoder(potentials.preterminal, x.lengths)
 
-        self.last_condition = ForestCondition(model, x, model_potentials, potentials, encode)
-        return self.last_condition
+        return ForestCondition(model, x, model_potentials, potentials, encode)
 
-    def estimators(self) -> tuple[ForestEstimator, ForestEstimator]:
-        return ForestEstimator(self, is_backward=False), ForestEstimator(self, is_backward=True)
+    def estimators(self, condition: ForestCondition) -> tuple[ForestEstimator, ForestEstimator]:
+        return ForestEstimator(self, condition, False), ForestEstimator(self, condition, True)
 
     def flow_parameters(self) -> list[nn.Parameter]:
         return list(self.encoder.flow.parameters())
@@ -281,6 +281,7 @@ class ForestPolicy(NumberedPolicy):
             log_joint=log_joint,
             log_forward=by_step(forward),
             log_backward=by_step(backward),
+            exits=condition.lengths - 1,
             flows=lambda: self._flows(condition, trees, merges, log_joint),
             record=merges,
             model_log_joint=model_log_joint if model_log_joint.requires_grad else None,
@@ -358,36 +359,21 @@ class ForestPolicy(NumberedPolicy):
             torch.where(complete, log_joint.flatten(), fixed),
         )
 
-    def trajectories(self, condition: ForestCondition, paths: Paths) -> ScoredTrajectories:
+    def trajectories(self, condition: ForestCondition, paths: Paths) -> Trajectories:
         merges: Merges = paths.record
         rows = flat(paths.z)
         length = condition.sentences.words.shape[1]
         env = self._env(length, merges.gaps.device)
-        lengths = rows.lengths
         label = torch.zeros_like(rows.start) if rows.labels is None else rows.labels
         fields = torch.stack([rows.start, rows.end, label], -1).squeeze(1)
-        step = torch.arange(length + 1, device=lengths.device)[:, None, None]
+        step = torch.arange(length + 1, device=fields.device)[:, None, None]
         made = merges.time < step
         states = torch.where(made[..., None], fields, -1).flatten(-2)
-        sink = step.squeeze(-1) >= lengths
-        states = torch.where(sink[..., None], env.sf, states)
         action = (merges.gaps * env.symbols + merges.labels).t()
-        action = torch.cat([action, torch.full_like(action[:1], env.n_actions - 1)])
-        step = step[:-1].squeeze(-1)
-        action = torch.where(step == lengths - 1, env.n_actions - 1, action)
-        action = torch.where(step > lengths - 1, -1, action)
+        action = torch.cat([action, torch.zeros_like(action[:1])])
         sentence = sentence_of(condition, paths.z.start.shape[1])
-        conditions = torch.stack([sentence, lengths], -1).to(torch.get_default_dtype())
-        return ScoredTrajectories(
-            env=env,
-            states=env.States(states, conditions=conditions.expand(length + 1, -1, -1)),
-            actions=env.actions_from_tensor(action[..., None]),
-            terminating_idx=lengths,
-            log_rewards=paths.log_joint.flatten(),
-            log_probs=paths.log_forward.flatten(1),
-            log_pb=paths.log_backward.flatten(1),
-            flows=paths.flows,
-        )
+        conditions = torch.stack([sentence, rows.lengths], -1)
+        return make_trajectories(env, states, action, conditions, rows.lengths - 1, paths)
 
     def _env(self, length: int, device: torch.device) -> ForestEnv:
         key = (length, str(device))
@@ -405,10 +391,7 @@ def _mask(logits: Tensor, legal: Tensor, exit_slot: int) -> Tensor:
 
 
 class ForestEstimator(PolicyEstimator):
-    """P_F or P_B at given states of a `ForestEnv`, by rebuilding each state's forest.
-
-    The states' sentences are rows of the batch that the policy has last seen (`condition`).
-    """
+    """P_F or P_B at given states of a `ForestEnv`, by rebuilding each state's forest."""
 
     def forward(
         self, states: DiscreteStates, conditions: Float[Tensor, "*batch 2"]

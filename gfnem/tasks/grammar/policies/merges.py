@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gfnem.gflownet.policy import Paths
+from gfnem.gflownet.paths import Paths
 from gfnem.tasks.grammar.model import GrammarModel
 from gfnem.tasks.grammar.policies.encoder import SpanEncoding
 from gfnem.tasks.grammar.policies.env import LATER, Forest, parents_time
@@ -159,6 +159,7 @@ def select_paths(paths: Paths, chosen: Int[Tensor, "batch chosen"]) -> Paths:
         log_joint=paths.log_joint.gather(1, chosen),
         log_forward=paths.log_forward.gather(2, steps),
         log_backward=paths.log_backward.gather(2, steps),
+        exits=paths.exits,
         flows=paths.flows,
         record=None,
     )

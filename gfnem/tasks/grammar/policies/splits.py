@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gfnem.gflownet.policy import Paths
+from gfnem.gflownet.paths import Paths
 from gfnem.tasks.grammar.model import GrammarModel
 from gfnem.tasks.grammar.policies.encoder import SpanEncoding
 from gfnem.tasks.grammar.policies.guide import Guide

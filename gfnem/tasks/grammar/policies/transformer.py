@@ -17,7 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gfnem.errors import UserError
-from gfnem.gflownet.policy import Behaviour, Paths
+from gfnem.gflownet.paths import Paths
+from gfnem.gflownet.policy import Behaviour
+from gfnem.optim import WordTable
 from gfnem.precision import Precision, check_precision, in_precision
 from gfnem.tasks.grammar.policies.env import Forest
 from gfnem.tasks.grammar.policies.forest import ForestPolicy, Latent
@@ -53,13 +55,16 @@ class TransformerPolicy(ForestPolicy):
         precision: Precision = "float32",
     ):
         super().__init__(nonterminals, preterminals, max_length, latent, backward, encoder_width)
+        for name, value, least in (("width", width, 1), ("layers", layers, 0), ("heads", heads, 1)):
+            if value < least:
+                raise UserError(f"policy.{name} is {value}; it must be at least {least}")
         if width % heads:
             raise UserError(f"policy.width={width} is not divisible by policy.heads={heads}")
         check_precision("policy", precision)
         self.precision: Precision = precision
         # In a tuple, so that it is no submodule.
         self._rounding: tuple[int, JaggedTransformer] | None = None
-        self.word = nn.Embedding(vocabulary, width)
+        self.word = WordTable(vocabulary, width)
         self.label = nn.Embedding(self.symbols, width)
         self.position = nn.Embedding(max_length, width)
         self.compose = nn.Sequential(

@@ -1,10 +1,11 @@
 """Bracketed trees as they stand in a text, before anything is removed.
 
-Files differ in what a bracket means. Three things are told from the whole of a file:
+Files differ in what a bracket means. Two things are told from the whole of a file, the third from
+each tree:
 
 - whether trees have labels: `( ( the dog ) barks )` has none, all of it is words;
-- what a name alone in brackets is: `(Dia)` a word whose tag is missing, `(NP)` an empty constituent
-  where NP is a label elsewhere;
+- what a name alone in brackets is: `(Dia)` a word whose tag is missing, or `(NP)` an empty
+  constituent;
 - whether a backslash before a bracket makes a character of it, as in `(NN foo\\))`, or stands for
   itself, as in `(UH :\\)`: whichever closes the tree.
 """
@@ -47,19 +48,18 @@ def parse_trees(text: str, name: str) -> list[Tree]:
     Raises UserError as `split_trees` does.
     """
     trees = [_tree(piece, escapes) for piece, escapes in split_trees(text, name)]
-    if _without_labels(trees):
-        for tree in trees:
-            for node in nodes_of(tree):
-                if node.label():
-                    node.insert(0, node.label())
-                node.set_label(NO_LABEL)
-    else:
-        known = {"", *(node.label() for tree in trees for node in nodes_of(tree) if node)}
-        for tree in trees:
-            for node in nodes_of(tree):
-                for place, child in enumerate(node):
-                    if not child and child.label() not in known:
-                        node[place] = child.label()
+    nodes = [node for tree in trees for node in nodes_of(tree)]
+    if _without_labels(nodes):
+        for node in nodes:
+            if node.label():
+                node.insert(0, node.label())
+            node.set_label(NO_LABEL)
+    elif _words_alone(nodes):
+        labels = {"", *(node.label() for node in nodes if node)}
+        for node in nodes:
+            for place, child in enumerate(node):
+                if not child and child.label() not in labels:
+                    node[place] = child.label()
     return trees
 
 
@@ -139,21 +139,30 @@ def _unescaped(token: str, escapes: bool) -> str:
     return _ESCAPED_BRACKET.sub(r"\1", token) if escapes and "\\" in token else token
 
 
-def _without_labels(trees: list[Tree]) -> bool:
+def _without_labels(nodes: list[Tree]) -> bool:
     """Whether what stands in a label's place is words.
 
-    Then most trees have brackets that begin with brackets, and what other brackets begin with is
-    not written like labels, in capitals.
+    Then more brackets begin with a bracket than have a label and two brackets or more below it.
+    Where there are as many, none perhaps, it is told by what is written above other brackets:
+    labels are in capitals.
     """
-    begun: Counter[bool] = Counter()
-    missing: Counter[bool] = Counter()
-    for tree in trees:
-        nodes = [node for node in nodes_of(tree) if node]
-        begun.update(_like_a_label(node.label()) for node in nodes if node.label())
-        if len(nodes) > 1:
-            missing[not all(node.label() for node in nodes)] += 1
-    return missing[True] > missing[False] and begun[False] > begun[True]
+    above = [node for node in nodes if any(not isinstance(child, str) for child in node)]
+    begun = sum(not node.label() for node in above)
+    labelled = sum(
+        bool(node.label()) and sum(not isinstance(child, str) for child in node) > 1
+        for node in above
+    )
+    if begun != labelled:
+        return begun > labelled
+    capitals = Counter(_in_capitals(node.label()) for node in above if node.label())
+    return capitals[False] > capitals[True]
 
 
-def _like_a_label(token: str) -> bool:
-    return token.isascii() and token == token.upper()
+def _in_capitals(label: str) -> bool:
+    return label.isascii() and label == label.upper()
+
+
+def _words_alone(nodes: list[Tree]) -> bool:
+    """Whether more names stand alone in brackets than beside a word, as its tag."""
+    alone = sum(not node and bool(node.label()) for node in nodes)
+    return alone > sum(len(node) == 1 and isinstance(node[0], str) for node in nodes)

@@ -13,7 +13,7 @@ from gfnem.tasks.grammar.text.corpus import GrammarData, check_least
 from gfnem.tasks.grammar.text.nltk_data import find_corpus
 from gfnem.tasks.grammar.text.reading import Reading
 from gfnem.tasks.grammar.text.sources import evenly, treebank_files
-from gfnem.tasks.grammar.text.words import WordForms, is_punctuation, unescaped
+from gfnem.tasks.grammar.text.words import Punctuation, WordForms, unescaped
 
 
 def brown(
@@ -21,6 +21,8 @@ def brown(
     treebank_text: bool = True,
     brown_sentences: int | None = None,
     keep_currency: bool = True,
+    punctuation: Punctuation = "remove",
+    lowercase: bool = True,
     merge_numbers: bool = True,
     split_clitics: bool = True,
     min_length: int = 2,
@@ -45,6 +47,8 @@ def brown(
         validate are tests, and there is no `seen_text`.
     brown_sentences: how many of Brown's to take, evenly spread over the corpus; None for all.
     keep_currency: take `$` and `#` for words.
+    punctuation: "keep" takes marks for words, "remove" removes them.
+    lowercase: write all words in small letters.
     merge_numbers: write every number as `<num>`.
     split_clitics: write Brown's clitics as the treebank does, as words of their own: do n't.
     mirror: read all sentences and trees from right to left. What learns grammars finds the same
@@ -55,7 +59,7 @@ def brown(
     Raises UserError where one of the corpora is neither found nor downloaded, or damaged, and where
     no text is left.
     """
-    forms = WordForms(merge_numbers, split_clitics)
+    forms = WordForms(merge_numbers, split_clitics, lowercase, punctuation)
     folder = find_corpus("brown", "NLTK's Brown corpus", dir)
     text = Reading([*brown_lines(folder, forms, keep_currency)], None)
     if brown_sentences is not None:
@@ -67,7 +71,7 @@ def brown(
         text = text.select([fitting[i] for i in sorted(chosen)])
     trees, valid, test = (
         reading.written(lambda word: forms.form(unescaped(word)))
-        for reading in treebank_files(dir, WordForms(), keep_currency)
+        for reading in treebank_files(dir, forms, keep_currency)
     )
     if treebank_text:
         text, more_tests = text + trees, {"seen_text": trees}
@@ -124,12 +128,10 @@ def _words(token: str, forms: WordForms) -> Iterator[str]:
     """The words of a token word/tag of the Brown corpus."""
     word, _, tag = token.rpartition("/")
     word = word.removesuffix("''") or word  # of inches
-    if is_punctuation(word):
-        return
     # A plural's possessive; the tag of any possessive is one like nns$ or nns$-tl.
     plural = word.endswith("'") and "$" in tag and forms.split_clitics
     for part in forms.split(word[:-1] if plural else word):
-        if not is_punctuation(part):
+        if not forms.removes(part):
             yield forms.form(part)
     if plural:
         yield "'"

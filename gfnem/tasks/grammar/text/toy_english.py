@@ -67,6 +67,7 @@ WORDS: dict[str, list[str]] = {
 SHOWN_AS = {"CORE": "NP", "POSS": "NP"}
 
 TRIES_PER_SENTENCE = 50
+MOST = 1_000_000
 
 
 def sample_trees(count: int, min_length: int, max_length: int, seed: int) -> list[Tree]:
@@ -74,6 +75,8 @@ def sample_trees(count: int, min_length: int, max_length: int, seed: int) -> lis
 
     Raises UserError when the grammar does not yield that many different sentences.
     """
+    if count > MOST:
+        raise UserError(f"toy_english is asked for {count:,} sentences; it makes {MOST:,} at most")
     generator = random.Random(seed)
     trees: dict[tuple[str, ...], Tree] = {}
     for _ in range(TRIES_PER_SENTENCE * count):

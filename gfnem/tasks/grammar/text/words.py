@@ -40,6 +40,7 @@ SPOKEN = frozenset("%&#@％＆＃＠‰")
 # Digits with marks between them: 1,000.5, 3/4 (3\/4 in treebanks), 1960-61, 10:30, $.50, 5%.
 _NUMBER = re.compile(r"[-+]?[$£€#]?[-+]?(?=[^\d]*\d)[\d.,:/\\-]+%?")
 _BESIDE_NUMBER = re.compile(r"([$£€#]?)([-+]?[\d.,:/-]*\d[\d.,:/-]*)(%?)")
+_APOSTROPHE = re.compile(r"(?<=\w)’(?=\w)")
 _GLUED = re.compile(r"\w[,;:!?…)\]}\"”»]+$|^[(\[{\"“«¿¡]+\w")
 _GLUED_STOP = re.compile(r"[^\W\d]{2,}\.+")
 _CLITIC = re.compile(r"(.+?)(n't|'(?:s|m|d|re|ve|ll))", re.IGNORECASE)
@@ -109,7 +110,10 @@ class WordForms:
 
     def tokens(self, line: str) -> list[str]:
         """Split a line of raw text into words and marks as they are written."""
-        return _tokenizer().tokenize(line) if self.tokenize else line.split()
+        if not self.tokenize:
+            return line.split()
+        # The tokeniser knows clitics by the apostrophe of typewriters.
+        return _tokenizer().tokenize(_APOSTROPHE.sub("'", line))
 
     def split(self, token: str) -> list[str]:
         """Split a token of raw text as the Penn Treebank does; only with `split_clitics`."""

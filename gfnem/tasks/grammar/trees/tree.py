@@ -232,17 +232,16 @@ class Trees:
         """
         from nltk import Tree
 
+        length = int(self.lengths[sentence])
         start = self.start[sentence, sample].tolist()
         end = self.end[sentence, sample].tolist()
         labels = None if self.labels is None else self.labels[sentence, sample].tolist()
-        gap_of = {(start[b], end[b]): b for b in range(int(self.lengths[sentence]) - 1)}
-
-        def build(i: int, j: int) -> Tree | str:
-            if j - i == 1:
-                return words[i]
-            gap = gap_of[i, j]
+        # What begins at each word so far, and what ends there: small nodes are put together first.
+        begins: list[Tree | str] = list(words[:length])
+        ends = list(begins)
+        for gap in sorted(range(length - 1), key=lambda gap: end[gap] - start[gap]):
             label = "X" if labels is None else name(labels[gap])
-            return Tree(label, [build(i, gap + 1), build(gap + 1, j)])
-
-        root = build(0, int(self.lengths[sentence]))
+            node = Tree(label, [ends[gap], begins[gap + 1]])
+            begins[start[gap]] = ends[end[gap] - 1] = node
+        root = begins[0]
         return Tree("S", [root]) if labels is not None else Tree("S", list(root))

@@ -120,7 +120,7 @@ def test_scores_are_those_of_states_alone_with_and_without_gradients(kind, laten
             without = roll()
         torch.testing.assert_close(paths.log_forward, without.log_forward)
         log_pf, log_pb = get_trajectory_pfs_and_pbs(
-            *policy.estimators(),
+            *policy.estimators(condition),
             policy.trajectories(condition, paths),
             recalculate_all_logprobs=True,
         )
@@ -280,7 +280,7 @@ def test_a_trained_root_flow_is_the_posterior_of_enumeration(latent):
     def distances() -> list[float]:
         condition = policy.condition(model, x)
         env = policy.trajectories(condition, policy.sample(condition, 1)).env
-        forward: Any = policy.estimators()[0]
+        forward: Any = policy.estimators(condition)[0]
         return [
             total_variation(StateGraph.of(env, length, row).ends(forward), exact[row])
             for row, length in enumerate(lengths)

@@ -67,6 +67,9 @@ def test_bfloat16_copy_is_no_part_of_the_state() -> None:
     ("options", "message"),
     [
         ({"precision": "half"}, "policy.precision is 'half'; use 'float32' or 'bfloat16'"),
+        ({"width": 0}, "policy.width is 0; it must be at least 1"),
+        ({"heads": 0}, "policy.heads is 0; it must be at least 1"),
+        ({"encoder_width": 0}, "the width of the policy's encoder is 0; it must be at least 1"),
         ({"heads": 3}, "policy.width=16 is not divisible by policy.heads=3"),
     ],
 )

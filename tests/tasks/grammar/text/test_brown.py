@@ -84,6 +84,17 @@ def test_options_of_words(folder: Path):
     ]
 
 
+def test_marks_and_capitals_can_be_kept(folder: Path):
+    data = read(folder, punctuation="keep", lowercase=False)
+    assert data.train.sentences == [
+        ["The", "man", "'s", "dogs", "do", "not", "bark", "."],
+        ["He", "``", "can", "not", "''", "pay", "$", "<num>", "for", "<num>", "of", "boys"]
+        + ["'", "(", "<num>", ")"],
+        ["dogs", "paid", "$", "<num>", "."],
+    ]
+    assert data.test.sentences == [["Dogs", "paid", "$", "<num>"], ["men", "bark"]]
+
+
 def test_brown_without_the_text_of_the_treebank(folder: Path):
     data = read(folder, treebank_text=False)
     assert len(data.train) == 2 and data.more_tests == []

@@ -14,7 +14,7 @@ from gfnem.tasks.grammar.text.reading import Reading, read_trees
 from gfnem.tasks.grammar.text.sources import bracketed, text
 from gfnem.tasks.grammar.text.walk import bracketed as on_one_line
 from gfnem.tasks.grammar.text.walk import depth_of, gold_spans
-from gfnem.tasks.grammar.text.words import WordForms
+from gfnem.tasks.grammar.text.words import PLAIN, WordForms
 
 KEPT = WordForms(punctuation="keep")
 
@@ -63,7 +63,7 @@ def test_marks_that_are_words(tmp_path: Path):
 
 
 def test_traces_go_even_if_punctuation_stays(tmp_path: Path):
-    tree = "(S (NP (*)) (NP (NP *T*-1) (X *pro*)) (V go) (-NONE- 0) (: *) (. .))"
+    tree = "(S (NP *) (NP (NP *T*-1) (X *pro*)) (V go) (-NONE- 0) (: *) (. .))"
     reading = read(tmp_path, tree, forms=KEPT)
     assert reading.sentences == [["go", "*", "."]]
     assert total(reading) == {
@@ -142,7 +142,24 @@ def test_punctuation_is_kept_or_removed(tmp_path: Path):
                 "( (NP (NN dog)) (VP (VB barks)))",
             ],
         ),
-        # A word in brackets of its own is a word, a label in them is an empty constituent.
+        # No labels: none of the brackets above others is in capitals.
+        (
+            "( He ( sings ( to ( the crowd ) ) ) )\n( I ( sleep well ) )",
+            ["(X he (X sings (X to (X the crowd))))", "(X i (X sleep well))"],
+        ),
+        ("( ( THE DOG ) ( SEES ( A CAT ) ) )", ["(X (X the dog) (X sees (X a cat)))"]),
+        # Labels: more of them are above two brackets or more.
+        (
+            "( (s (sn (d el) (n perro)) (gv (v ladra))) (punt .) )",
+            ["( (s (sn (d el) (n perro)) (gv (v ladra))))"],
+        ),
+        # Labels: in capitals.
+        (
+            "(FRAG (NP (NN yes)))\n(FRAG (INTJ (UH well then)))",
+            ["(FRAG (NP (NN yes)))", "(FRAG (INTJ (UH well then)))"],
+        ),
+        ("(s el perro)", ["(s el perro)"]),
+        # A word in brackets of its own is a word if most are, a label in them never.
         (
             "(S (NP (PRP (Dia))) (VP (VB (pergi)) (NP) (ADVP ())))\n(S (NP (A a)) (VP (B b)))",
             ["(S (NP (PRP dia)) (VP (VB pergi)))", "(S (NP (A a)) (VP (B b)))"],
@@ -154,8 +171,18 @@ def test_labels_tags_and_words(tmp_path: Path, content: str, trees: list[str]):
 
 
 def test_empty_constituents_are_counted(tmp_path: Path):
-    content = "(S (NP (A a)) (VP (B b) (NP)))"
-    assert total(read(tmp_path, content)) == {("empty constituents", "NP"): 1}
+    for content in ("(S (NP) (VP (A a) (B b)))", "(S (NP (A (a)) (NP)) (VP (B (b))))"):
+        reading = read(tmp_path, content)
+        assert reading.sentences == [["a", "b"]]
+        assert total(reading) == {("empty constituents", "NP"): 1}
+
+
+def test_words_stand_between_white_space_of_any_kind(tmp_path: Path):
+    space = "\u00a0"  # no break, as str.split and NLTK's trees take it
+    assert read(tmp_path, f"(S{space}(A{space}a) (CD 10{space}000))").sentences == [
+        ["a", "10", "000"]
+    ]
+    assert PLAIN.words(f"10{space}000 mots{space}!") == ["10", "000", "mots"]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gfnem.run.plots import BLUE, INK, PALE, text_width, write
+from gfnem.tasks.grammar.text.walk import events
 
 if TYPE_CHECKING:
     from nltk import Tree
@@ -23,6 +24,7 @@ _TREE_GAP = 0.6  # between the predicted tree and the gold one
 _TITLE, _SUBTITLE = 0.4, 0.24  # from the top of a title to the tree; to "predicted" and "gold"
 _ROW_GAP = 0.5
 _MIN_WIDTH = 3.0
+_LONGEST = 40  # characters of a word or a label; what is longer is cut
 
 Span = tuple[int, int]
 
@@ -85,36 +87,45 @@ def draw_trees(pairs: Sequence[tuple[str, Tree, Tree | None]]) -> Figure:
 
 def _layout(tree: Tree) -> tuple[_Node, float]:
     """Place the nodes of a tree; returns its root and its width."""
-    words = iter(tree.leaves())
     right = 0.0
     position = 0
-
-    def place(subtree: Tree | str, room: float) -> _Node:
-        """Place a subtree; its only word, if it has but one, is at least `room` wide."""
-        nonlocal right, position
-        if isinstance(subtree, str):
-            label = next(words)
-            wide = max(text_width(label, _WORD_SIZE), room)
-            x = right + wide / 2
+    above = [_Node("", (0, 0), 0.0, 0, [])]
+    rooms = [0.0]  # that the only word below each open node needs for the labels above it
+    for met in events(tree):
+        if met is None:
+            node = above.pop()
+            rooms.pop()
+            first, last = node.children[0], node.children[-1]
+            node.span = first.span[0], last.span[1]
+            node.x = (first.x + last.x) / 2
+            node.height = 1 + max(child.height for child in node.children)
+            above[-1].children.append(node)
+        elif isinstance(met, str):
+            word = _shortened(met)
+            wide = max(text_width(word, _WORD_SIZE), rooms[-1])
+            span = position, position + 1
+            above[-1].children.append(_Node(word, span, right + wide / 2, 0, []))
             right += wide + _WORD_GAP
             position += 1
-            return _Node(label, (position - 1, position), x, 0, [])
-        start = position
-        label = str(subtree.label())
-        room = max(room, text_width(label, _LABEL_SIZE)) if len(subtree) == 1 else 0.0
-        children = [place(child, room) for child in subtree]
-        x = (children[0].x + children[-1].x) / 2
-        height = 1 + max(child.height for child in children)
-        return _Node(label, (start, position), x, height, children)
-
-    root = place(tree, 0.0)
+        else:
+            label = _shortened(str(met.label()))
+            alone = len(met) == 1
+            rooms.append(max(rooms[-1], text_width(label, _LABEL_SIZE)) if alone else 0.0)
+            above.append(_Node(label, (0, 0), 0.0, 0, []))
+    (root,) = above[0].children
     return root, right - _WORD_GAP
 
 
-def _nodes(node: _Node) -> Iterator[_Node]:
-    yield node
-    for child in node.children:
-        yield from _nodes(child)
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+
+
+def _nodes(root: _Node) -> Iterator[_Node]:
+    left = [root]
+    while left:
+        node = left.pop()
+        yield node
+        left += node.children
 
 
 def _draw(axes: Axes, root: _Node, left: float, bottom: float, common: set[Span] | None) -> None:

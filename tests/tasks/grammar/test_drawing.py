@@ -6,7 +6,7 @@ import pytest
 from matplotlib.colors import same_color
 from nltk import Tree
 
-from gfnem.tasks.grammar.trees.drawing import draw_trees
+from gfnem.tasks.grammar.drawing import draw_trees
 from tests.run.test_plots import png, texts
 
 
@@ -55,6 +55,15 @@ def test_spans_of_the_gold_tree_are_blue() -> None:
     written = texts(draw_trees([("", predicted, gold)]))
     assert same_color(written["B"].get_color(), blue) and same_color(written["X"].get_color(), blue)
     assert not same_color(written["C"].get_color(), blue)
+
+
+def test_deep_trees_and_long_words() -> None:
+    deep: Tree | str = "a" * 500
+    for _ in range(1_100):
+        deep = Tree("", [deep])
+    assert isinstance(deep, Tree)
+    assert draw_trees([("", deep, None)]).get_figheight() > 300
+    assert f"{'a' * 39}…" in texts(draw_trees([("", Tree("S", ["a" * 500]), None)]))
 
 
 def test_drawing_nothing_is_an_error() -> None:
