@@ -49,7 +49,7 @@ flags:
   --version           gfnem's version
   -c, --cfg job       print the whole configuration and stop; --resolve: without references
   -m, --multirun      a sweep, one run for every combination of comma-separated values, each in a
-                      folder of run_dir; what one raises is in its error.txt, and others go on
+                      folder of run_dir; a job that fails leaves error.txt there, and others go on
   -cd, --config-dir DIR
                       configuration files of your own, beside gfnem's; modules in the folder that
                       holds DIR are found
@@ -68,12 +68,12 @@ _COMPARE = """\
 gfnem compare DIR DIR ... [out=comparison] [metrics=PATTERN,...] [reach=METRIC<VALUE]
               [wandb=ENTITY/PROJECT] [tracker=wandb] [tracker.KEY=VALUE]
 
-wandb is what is called project here, and tracker=wandb with its options the tracker.
+Below, project is what wandb names, and tracker is what tracker=wandb and its options choose.
 """
 
 _OVERRIDES = """\
-An OVERRIDE is of the data, the device, the number of threads, and of the evaluator or the seed, as
-data.max_length=20.
+An OVERRIDE sets an option of the data, the device, the number of threads, the evaluator or the
+seed: data.max_length=20.
 """
 
 EXAMPLES = """\
