@@ -73,15 +73,17 @@ def _begin_with(model: nn.Module, directory: str) -> None:
 
     Raises UserError where there are none or they are those of another model.
     """
-    state = Run.open(directory).load_checkpoint("best")["model"]
-    own = model.state_dict()
-    shapes = {name: tuple(value.shape) for name, value in state.items()}
-    if shapes != {name: tuple(value.shape) for name, value in own.items()}:
+    state = Run.open(directory).load_checkpoint("best").get("model")
+    if not isinstance(state, dict) or _shapes(state) != _shapes(model.state_dict()):
         raise UserError(
             f"the model of model_from={directory} is not of this kind and size: choose the data, "
             "the model and its options as there"
         )
     model.load_state_dict(state)
+
+
+def _shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
 
 
 def load_data(config: DictConfig) -> tuple[dict[str, Any], Any]:

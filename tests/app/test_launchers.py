@@ -102,7 +102,7 @@ def test_jobs_run_at_the_same_time(
     # Whoever reads a run finds its modules, too.
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    assert main(["evaluate", "run=sweep/seed=0"]) == 0
+    assert main(["evaluate", "run=sweep/seed=0", "--config-dir", "mine"]) == 0
 
 
 @pytest.mark.parametrize("launcher", PLUGINS)
