@@ -9,6 +9,7 @@ from typing import Literal
 
 from gfnem.app.build import build
 from gfnem.app.composition import compose_stored
+from gfnem.app.provenance import check_words
 from gfnem.em import EM
 from gfnem.errors import UserError
 from gfnem.run import Run
@@ -35,7 +36,9 @@ def load(
     opened = Run.open(run)
     config = compose_stored(opened, overrides, None if config_dir is None else Path(config_dir))
     state = opened.load_checkpoint(checkpoint)
-    em = build(config).em
+    built = build(config)
+    check_words(opened.path, built.data)
+    em = built.em
     with fitting(opened.path):
         em.networks.load_rated(state)
     return em

@@ -156,12 +156,14 @@ def resume(
 
 def _go_on(stored: Run, config: DictConfig, which: Checkpoint, arguments: Sequence[str]) -> int:
     from gfnem.app.build import build, make
+    from gfnem.app.provenance import check_words
     from gfnem.app.trained import fitting
     from gfnem.run import Run
 
     # A run that was killed before its first checkpoint begins again.
     state = stored.load_checkpoint(which) if stored.has_checkpoints else None
     built = build(config)
+    check_words(stored.path, built.data)
     em = built.em
     if state is not None:
         with fitting(stored.path):
@@ -254,6 +256,7 @@ def _train(config: DictConfig, folders: Sequence[Path]) -> tuple[int, float | No
     """Exit status and objective of a run."""
     _check_model_from(config)
     from gfnem.app.build import build, make
+    from gfnem.app.provenance import keep_provenance
     from gfnem.run import Run
     from gfnem.run.lock import alone
 
@@ -267,6 +270,7 @@ def _train(config: DictConfig, folders: Sequence[Path]) -> tuple[int, float | No
     tracker = make(built.config["tracker"])
     run = Run.create(built.config["run_dir"], built.config, tracker)
     with alone(run.path):
+        keep_provenance(run.path, built.data)
         status = _fit(built, run, [f"--config-dir={folder}" for folder in folders])
     return status, built.em.rating.best if math.isfinite(built.em.rating.best) else None
 

@@ -36,6 +36,8 @@ class Run:
     checkpoints/         last.pt and best.pt
     plots/*.png          figures
     tables/*.csv         tables
+    words.json           which word each id is, of runs on text
+    environment.json     versions, host and command line
     wandb/               what Weights & Biases keeps, when it is the tracker
     ```
 
