@@ -12,6 +12,8 @@ import pytest
 
 from gfnem.app.main import main
 
+pytestmark = pytest.mark.slow
+
 # Its jobs go on when both are there: one after the other, they never would.
 MEETING = """\
 import time
