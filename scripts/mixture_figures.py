@@ -35,7 +35,7 @@ def main() -> None:
     points = torch.empty(0)
     for path in arguments.runs:
         run = Run.open(path)
-        built = build(compose_stored(path, []))
+        built = build(compose_stored(Run.open(path), []))
         em, test = built.em, built.data.test
         assert isinstance(em.model, HierarchicalMixture)
         state = run.load_checkpoint("best")

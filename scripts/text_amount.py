@@ -87,7 +87,7 @@ def trained(places: Sequence[Path]) -> Iterator[Trained]:
         config, options = run.config, run.config["data"]
         key = repr(options)
         if key not in read:
-            read[key] = load_data(compose_stored(path, []))[1]
+            read[key] = load_data(compose_stored(Run.open(path), []))[1]
         model = make(config["model"])
         if not isinstance(model, GrammarModel):
             raise UserError(f"{path} is no run of a grammar: leave it out")

@@ -516,7 +516,7 @@ class TestEnsemble:
         for name, change in (
             ("older", {"ensemble_verbs": None}),
             ("images", {"task": "discrete_vae", "ensemble_verbs": None}),
-            ("mine", {"task": "mine", "ensemble_verbs": {"evaluate": "mine.evaluate"}}),
+            ("mine", {"task": "mine", "ensemble_verbs": {"evaluate": "gfnem.run.FilesTracker"}}),
         ):
             shutil.copytree(trained, name)
             config = yaml.safe_load(Path(name, "config.yaml").read_text()) | change
@@ -802,7 +802,7 @@ MISTAKES = [
     (["model_parts=3"], "model_parts is 3; it must be a list of groups"),
     (["patterns.console=loss"], "patterns.console is loss; it must be a list of patterns"),
     (["task=tree_prior"], "GFlowNetPosterior needs a policy: give one"),
-    (["resume=nosuch", "-m"], "resume=DIR goes with neither --multirun nor --config-dir"),
+    (["resume=nosuch", "-m"], "resume=DIR does not go with --multirun"),
 ]
 
 

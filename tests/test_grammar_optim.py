@@ -12,6 +12,8 @@ import torch
 from gfnem.tasks.grammar.rules.dense import DenseGrammar
 from gfnem.tasks.grammar.text.corpus import Sentences
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def study(root: Path, monkeypatch: pytest.MonkeyPatch) -> Any:

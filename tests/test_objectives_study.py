@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow
+
 FEW = [
     *(f"data.{split}_points=20" for split in ("train", "valid", "test")),
     "em.max_e_steps=4",

@@ -13,6 +13,8 @@ from PIL import Image
 
 from gfnem.app.main import main
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

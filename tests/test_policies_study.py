@@ -13,6 +13,8 @@ import pytest
 
 from gfnem.tasks.grammar.evaluate import GrammarEvaluator
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def study(root: Path, monkeypatch: pytest.MonkeyPatch) -> Any:

@@ -11,6 +11,8 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def study(root: Path, monkeypatch: pytest.MonkeyPatch) -> Any:

@@ -19,6 +19,8 @@ from gfnem.app.signatures import annotations_of
 from gfnem.run.compare import compare
 from gfnem.tasks.grammar.verbs import parse_ensemble
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 PAGES = [
     "README.md",

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def study(root: Path, monkeypatch: pytest.MonkeyPatch) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 from gfnem.app.machine import set_up
 from gfnem.app.options import POSTERIOR_PARTS, resolve
+from gfnem.app.provenance import check_words
 from gfnem.app.signatures import annotations_of
 from gfnem.em import EM
 from gfnem.errors import UserError
@@ -42,6 +44,7 @@ def build(config: DictConfig) -> Built:
     device = set_up(resolved["seed"], resolved["threads"], resolved["device"])
     model = _make_for(data, resolved["model"], **_parts(data, resolved, resolved["model_parts"]))
     if resolved["model_from"] is not None:
+        check_words(Path(resolved["model_from"]), data)
         _begin_with(model, resolved["model_from"])
     posterior = make(resolved["posterior"], **_parts(data, resolved, POSTERIOR_PARTS))
     if resolved.get("warm_start"):
@@ -73,15 +76,17 @@ def _begin_with(model: nn.Module, directory: str) -> None:
 
     Raises UserError where there are none or they are those of another model.
     """
-    state = Run.open(directory).load_checkpoint("best")["model"]
-    own = model.state_dict()
-    shapes = {name: tuple(value.shape) for name, value in state.items()}
-    if shapes != {name: tuple(value.shape) for name, value in own.items()}:
+    state = Run.open(directory).load_checkpoint("best").get("model")
+    if not isinstance(state, dict) or _shapes(state) != _shapes(model.state_dict()):
         raise UserError(
             f"the model of model_from={directory} is not of this kind and size: choose the data, "
             "the model and its options as there"
         )
     model.load_state_dict(state)
+
+
+def _shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
 
 
 def load_data(config: DictConfig) -> tuple[dict[str, Any], Any]:

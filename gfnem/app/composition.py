@@ -6,8 +6,9 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.override_parser.types import Override
@@ -29,7 +30,11 @@ from gfnem.app.overrides import (
     values_of,
 )
 from gfnem.app.refusals import model_parts, settle
+from gfnem.app.trust import check_stored, folders_of_modules
 from gfnem.errors import UserError
+
+if TYPE_CHECKING:
+    from gfnem.run import Run
 
 
 def compose(overrides: Sequence[str], folder: Path | None = None) -> DictConfig:
@@ -56,15 +61,21 @@ def check_overrides(
             check(value, groups, multirun)
 
 
-def compose_stored(run: Path, overrides: Sequence[str]) -> DictConfig:
-    """The configuration in a run's directory, with some of its values changed.
+def compose_stored(run: Run, overrides: Sequence[str], folder: Path | None = None) -> DictConfig:
+    """The configuration of a run, with some of its values changed.
 
-    Raises UserError for overrides that cannot be read or that nothing takes.
+    folder: a `--config-dir` of this command line, whose modules the run may use.
+
+    Raises UserError for overrides that cannot be read or that nothing takes, and for a
+    configuration that makes what it may not.
     """
+    check_folders([] if folder is None else [folder])
+    check_stored(run.config, run.path, folder)
     overrides = quoted(overrides, multirun=False)
     for override in overrides:
         check(parsed(override), {})
-    config = _settled(_hydra_compose(run.resolve(), overrides))
+    config = _settled(_hydra_compose(run.path.resolve(), overrides))
+    config.module_folders = folders_of_modules(folder)
     # The run's checkpoints hold all parameters, those that came from other runs too.
     config.model_from = None
     for part in model_parts(config):
@@ -172,6 +183,8 @@ def _hydra_compose(folder: Path, overrides: Sequence[str]) -> DictConfig:
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(folder)):
             return hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
+    except yaml.YAMLError as error:
+        raise UserError(f"{folder}: {line_of(error)}") from None
     except (HydraException, OmegaConfBaseException) as error:
         unknown = re.match("Could not override '([^']+)'", str(error))
         if unknown is None:

@@ -57,7 +57,7 @@ def _main(arguments: list[str]) -> int:
         from gfnem.app.training import start
 
         return start(command)
-    if command.flags:
+    if command.flags.keys() - (set() if command.verb == "compare" else {"--config-dir"}):
         raise UserError(f"gfnem {command.verb} takes no flags: see gfnem {command.verb} --help")
     if command.verb == "compare":
         from gfnem.app.verbs import compare
@@ -66,7 +66,7 @@ def _main(arguments: list[str]) -> int:
         return DONE
     from gfnem.app.verbs import use_run
 
-    for line in use_run(command.verb, command.given):
+    for line in use_run(command.verb, command.given, command.config_dir):
         print(line)
     return DONE
 

@@ -66,7 +66,7 @@ def settle(config: DictConfig, hydra: DictConfig) -> None:
     _drop_parts_not_chosen(config, overrides)
     _check_m_step(config, overrides)
     _check_types(config, overrides)
-    beside = [str(folder.parent) for folder in _folders(hydra)]
+    beside = [str(folder.parent) for folder in own_folders(hydra)]
     if beside:
         config.module_folders = [*config.module_folders, *beside]
 
@@ -76,7 +76,7 @@ def task_overrides(hydra: DictConfig) -> list[str]:
     return cast(list[str], OmegaConf.to_container(hydra.overrides.task))
 
 
-def _folders(hydra: DictConfig) -> list[Path]:
+def own_folders(hydra: DictConfig) -> list[Path]:
     """The folders of configuration files that are not gfnem's own."""
     return [
         Path(source.path)

@@ -25,7 +25,7 @@ from gfnem.app.console import lasting_console
 from gfnem.app.folders import config_folder
 from gfnem.app.loggers import let_loggers_speak
 from gfnem.app.overrides import in_quotes, line_of, quoted
-from gfnem.app.refusals import model_parts, settle
+from gfnem.app.refusals import model_parts, own_folders, settle
 from gfnem.app.status import DONE, FAILED, INTERRUPTED, USER_ERROR
 from gfnem.app.verb_options import is_under, refuse, split
 from gfnem.app.verbs import lines_of
@@ -71,10 +71,11 @@ def start(command: Command) -> int:
     shows = any(flag in command.flags for flag in ("--cfg", "--info", "--hydra-help"))
     multirun = command.multirun or ("hydra.mode=MULTIRUN" in given and not shows)
     if "resume" in own:
-        if multirun or command.config_dir is not None:
-            raise UserError("resume=DIR goes with neither --multirun nor --config-dir")
+        if multirun:
+            raise UserError("resume=DIR does not go with --multirun")
         which = own.get("checkpoint", "last")
-        return resume(Path(own["resume"]), given, which, "--cfg" in command.flags)
+        shown = "--cfg" in command.flags
+        return resume(Path(own["resume"]), given, which, command.config_dir, shown)
     if "checkpoint" in own:
         raise UserError("checkpoint=last|best goes with resume=DIR, or with what a run is for")
     overrides = quoted(given, multirun)
@@ -120,7 +121,7 @@ def train(config: DictConfig) -> float | None:
         return _job(config, hydra_config)
     try:
         settle(config, hydra_config)
-        status, best = _train(config)
+        status, best = _train(config, own_folders(hydra_config))
     except Exception as error:
         # Hydra would say more than the one line that there is for a user's mistake.
         raise _Ended(error) from error
@@ -133,6 +134,7 @@ def resume(
     directory: Path,
     overrides: Sequence[str],
     which: Checkpoint = "last",
+    folder: Path | None = None,
     print_config: bool = False,
 ) -> int:
     """Go on with a run that was stopped, or train it longer; returns the exit status."""
@@ -141,26 +143,31 @@ def resume(
     stored = Run.open(directory)
     kept = (*KEPT, *model_parts(stored.config))
     refuse(overrides, lambda key: is_under(key, kept), "a resumed run keeps what it began with")
-    config = compose_stored(directory, overrides)
+    config = compose_stored(stored, overrides, folder)
     if print_config:
         print(OmegaConf.to_yaml(config), end="")
         return DONE
     from gfnem.run.lock import alone
 
+    flags = [] if folder is None else [f"--config-dir={folder}"]
     with alone(directory):
-        return _go_on(stored, config, overrides, which)
+        return _go_on(stored, config, which, [*flags, *overrides])
 
 
-def _go_on(stored: Run, config: DictConfig, overrides: Sequence[str], which: Checkpoint) -> int:
+def _go_on(stored: Run, config: DictConfig, which: Checkpoint, arguments: Sequence[str]) -> int:
     from gfnem.app.build import build, make
+    from gfnem.app.provenance import check_words
+    from gfnem.app.trained import fitting
     from gfnem.run import Run
 
     # A run that was killed before its first checkpoint begins again.
     state = stored.load_checkpoint(which) if stored.has_checkpoints else None
     built = build(config)
+    check_words(stored.path, built.data)
     em = built.em
     if state is not None:
-        em.load_state_dict(state)
+        with fitting(stored.path):
+            em.load_state_dict(state)
     if em.finished and _is_complete(stored, em):
         steps = f"{em.done.m_steps} M-steps and {em.done.e_steps} E-steps"
         print(
@@ -170,7 +177,7 @@ def _go_on(stored: Run, config: DictConfig, overrides: Sequence[str], which: Che
         return DONE
     run = Run.open(stored.path, make(built.config["tracker"]))
     run.truncate_metrics(0 if state is None else state["record"]["lines"])
-    return _fit(built, run, overrides)
+    return _fit(built, run, arguments)
 
 
 class _Ended(BaseException):
@@ -235,7 +242,7 @@ def _job(config: DictConfig, hydra_config: DictConfig) -> float | None:
         with output_of(directory):
             settle(config, hydra_config)
             config.run_dir = str(directory)
-            status, best = _train(config)
+            status, best = _train(config, own_folders(hydra_config))
     except Exception as error:
         keep_error(directory, error)
         print(f"job {hydra_config.job.num} failed: {told(directory)}", flush=True)
@@ -245,10 +252,11 @@ def _job(config: DictConfig, hydra_config: DictConfig) -> float | None:
     return best
 
 
-def _train(config: DictConfig) -> tuple[int, float | None]:
+def _train(config: DictConfig, folders: Sequence[Path]) -> tuple[int, float | None]:
     """Exit status and objective of a run."""
     _check_model_from(config)
     from gfnem.app.build import build, make
+    from gfnem.app.provenance import keep_provenance
     from gfnem.run import Run
     from gfnem.run.lock import alone
 
@@ -262,7 +270,8 @@ def _train(config: DictConfig) -> tuple[int, float | None]:
     tracker = make(built.config["tracker"])
     run = Run.create(built.config["run_dir"], built.config, tracker)
     with alone(run.path):
-        status = _fit(built, run)
+        keep_provenance(run.path, built.data)
+        status = _fit(built, run, [f"--config-dir={folder}" for folder in folders])
     return status, built.em.rating.best if math.isfinite(built.em.rating.best) else None
 
 
@@ -274,17 +283,17 @@ def _check_model_from(config: DictConfig) -> None:
         Run.open(config.model_from)
 
 
-def _fit(built: Built, run: Run, overrides: Sequence[str] = ()) -> int:
+def _fit(built: Built, run: Run, arguments: Sequence[str]) -> int:
     with lasting_console():
-        return _fit_and_tell(built, run, overrides)
+        return _fit_and_tell(built, run, arguments)
 
 
-def _fit_and_tell(built: Built, run: Run, overrides: Sequence[str]) -> int:
+def _fit_and_tell(built: Built, run: Run, arguments: Sequence[str]) -> int:
     em = built.em
     em.record.run = run
     print(built.data.describe())
     print(f"device {em.device}, run directory {run.path}", flush=True)
-    again = shlex.join(["gfnem", f"resume={run.path}", *overrides])
+    again = shlex.join(["gfnem", f"resume={run.path}", *arguments])
     try:
         summary = em.fit()
     except KeyboardInterrupt:

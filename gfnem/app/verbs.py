@@ -13,6 +13,7 @@ from gfnem.app.folders import EVALUATE, config_folder, task_verbs
 from gfnem.app.nearest import did_you_mean, nearest
 from gfnem.app.paths import paths_in
 from gfnem.app.signatures import annotations_of
+from gfnem.app.trust import check_stored, folders_of_modules
 from gfnem.app.verb_options import is_under, refuse, split
 from gfnem.errors import UserError
 from gfnem.run import FilesTracker, Run, WandbTracker
@@ -23,12 +24,14 @@ if TYPE_CHECKING:
     from gfnem.training.parts import Metrics
 
 # Options of the stored configuration that mean something to a verb that reads a run.
-_EVALUATE_TAKES = ("data", "device", "threads", "module_folders", "evaluator")
-_TASK_VERB_TAKES = ("data", "device", "threads", "module_folders", "seed")
+_EVALUATE_TAKES = ("data", "device", "threads", "evaluator")
+_TASK_VERB_TAKES = ("data", "device", "threads", "seed")
 
 
-def use_run(verb: str, given: Sequence[str]) -> Iterator[str]:
+def use_run(verb: str, given: Sequence[str], folder: Path | None = None) -> Iterator[str]:
     """Do with trained models what a verb says: evaluate, or one that the runs' task brings.
+
+    folder: a `--config-dir`, whose modules the runs may use.
 
     Gives the lines to print. Raises UserError for what cannot be done.
     """
@@ -52,9 +55,10 @@ def use_run(verb: str, given: Sequence[str]) -> Iterator[str]:
     from gfnem.app.trained import load
     from gfnem.categorical import check_draws, watched
 
-    target = _call_of(verb, runs, several)
     for run in runs.values():
-        find_modules(run.config.get("module_folders"))
+        check_stored(run.config, run.path, folder)
+    target = _call_of(verb, runs, several)
+    find_modules(folders_of_modules(folder))
     call = get_method(target)
     annotations = annotations_of(call)
     options, overrides = split(overrides, annotations)
@@ -66,7 +70,7 @@ def use_run(verb: str, given: Sequence[str]) -> Iterator[str]:
         ("run", "checkpoint", *annotations, *takes),
     )
     checkpoint = of_run.get("checkpoint", "best")
-    trained = {directory: load(directory, checkpoint, overrides) for directory in runs}
+    trained = {directory: load(directory, checkpoint, overrides, folder) for directory in runs}
     with watched():
         result = call(trained if several else trained[of_run["run"]], **options)
         for line in lines_of(result) if isinstance(result, Mapping) else result:
@@ -149,7 +153,8 @@ def _call_of(verb: str, runs: Mapping[str, Run], several: bool) -> str:
     """What does what a verb says with a run, or with several of one task."""
     calls = {}
     for directory, run in runs.items():
-        verbs = {"evaluate": EVALUATE, **run.config["verbs"]}
+        of_task = run.config.get("verbs")
+        verbs = {"evaluate": EVALUATE, **(of_task if isinstance(of_task, Mapping) else {})}
         if verb not in verbs:
             meant = did_you_mean(verb, verbs) or f"use {', '.join(verbs)}"
             raise UserError(f"there is no verb {verb} for {directory}: {meant}")
@@ -160,6 +165,8 @@ def _call_of(verb: str, runs: Mapping[str, Run], several: bool) -> str:
                 f"config.yaml: {verb} takes one such run, run=DIR"
             )
         calls[directory] = of_several[verb] if several else verbs[verb]
+        if not isinstance(calls[directory], str):
+            raise UserError(f"{directory} has no function for {verb} in its config.yaml")
     (first, call), *others = calls.items()
     for directory, other in others:
         if other != call:

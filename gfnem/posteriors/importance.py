@@ -17,16 +17,19 @@ from gfnem.posterior import Posterior, check_m_step
 class Prior(Posterior):
     """p(z), whatever x: a proposal for a `PriorModel`."""
 
-    def e_step(self, model: LatentVariableModel, x: Any) -> EStep:
-        return EStep(loss=None, latents=None)
-
-    @torch.no_grad()
-    def sample(self, model: LatentVariableModel, x: Any, samples: int) -> Latents:
+    def check(self, model: LatentVariableModel) -> None:
         if not isinstance(model, PriorModel):
             raise UserError(
                 f"posterior=importance proposes draws of the prior, which {type(model).__name__} "
                 "does not give: use another proposal"
             )
+
+    def e_step(self, model: LatentVariableModel, x: Any) -> EStep:
+        return EStep(loss=None, latents=None)
+
+    @torch.no_grad()
+    def sample(self, model: LatentVariableModel, x: Any, samples: int) -> Latents:
+        assert isinstance(model, PriorModel)
         z, log_prior = model.sample_prior(x, samples)
         return Latents(z, model.log_joint(x, z) - log_prior)
 
@@ -72,6 +75,9 @@ class ImportancePosterior(Posterior):
     @property
     def joint(self) -> bool:
         return self.proposal.joint
+
+    def check(self, model: LatentVariableModel) -> None:
+        self.proposal.check(model)
 
     @property
     def m_step_samples(self) -> int:

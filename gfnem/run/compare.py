@@ -21,6 +21,7 @@ from gfnem.run.finished import FinishedRun, finished_runs
 from gfnem.run.paired import Differences
 from gfnem.run.patterns import patterns_for
 from gfnem.run.settings import differences, settings_of
+from gfnem.run.shown import csv_cell, markdown_cell, printable
 from gfnem.run.tracking import FilesTracker, Tracker, id_file
 
 if TYPE_CHECKING:
@@ -275,7 +276,9 @@ class Comparison:
         # Where posteriors of fixed models are rated, there are no M-steps.
         count = {"train/m_steps": "M-steps"} if trained else {"train/e_steps": "E-steps"}
         lines = ([run.lines for run in row] for row in self.rows)
-        curves = dict(zip(self.labels(), lines, strict=True))
+        # A dollar would begin a formula.
+        labels = (printable(label).replace("$", r"\$") for label in self.labels())
+        curves = dict(zip(labels, lines, strict=True))
         return banded_curves(curves, self.curves, {**count, "time/seconds": "seconds"})
 
     def write(self, folder: Path) -> Path | None:
@@ -327,13 +330,14 @@ def mean_and_deviation(values: Sequence[float]) -> Result:
 
 
 def _one_of_each_seed(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
-    kept: dict[object, FinishedRun] = {}
+    kept: dict[str, FinishedRun] = {}
     for run in runs:
         # Runs without a seed are not known to be the same.
-        first = kept.setdefault(run.config.get("seed", run.name), run)
+        first = kept.setdefault(repr(run.config.get("seed", run.name)), run)
         if first is not run:
             print(
-                f"left out: {run.name} repeats {first.name}, with the same configuration and seed",
+                f"left out: {printable(run.name)} repeats {printable(first.name)}, with the same "
+                "configuration and seed",
                 file=sys.stderr,
             )
     return list(kept.values())
@@ -388,20 +392,22 @@ def result_texts(results: Sequence[Result | None]) -> list[str]:
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> str:
     """A table in Markdown whose first columns, `words` of them, have words in place of numbers."""
     lines = [columns, ["---"] * words + ["---:"] * (len(columns) - words), *rows]
-    return "".join(
-        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines
-    )
+    return "".join(f"| {' | '.join(map(markdown_cell, line))} |\n" for line in lines)
 
 
 def _csv(columns: Sequence[str], rows: Sequence[Sequence[str | float]]) -> str:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    cells = (
+        [cell if isinstance(cell, float) else csv_cell(str(cell)) for cell in line]
+        for line in (columns, *rows)
+    )
+    csv.writer(text, lineterminator="\n").writerows(cells)
     return text.getvalue()
 
 
 def _show(columns: list[str], rows: list[list[str]]) -> None:
     """Print a table: rows as lines, or as columns on a terminal that is too narrow."""
-    lines = [columns, *rows]
+    lines = [[printable(cell) for cell in line] for line in (columns, *rows)]
     if not sys.stdout.isatty():
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         for line in lines:

@@ -36,6 +36,8 @@ class Run:
     checkpoints/         last.pt and best.pt
     plots/*.png          figures
     tables/*.csv         tables
+    words.json           which word each id is, of runs on text
+    environment.json     versions, host and command line
     wandb/               what Weights & Biases keeps, when it is the tracker
     ```
 
@@ -112,7 +114,7 @@ class Run:
                 raise UserError(f"{path} has no {name}: it is not the directory of a run")
         try:
             config = yaml.safe_load((path / "config.yaml").read_text())
-        except (yaml.YAMLError, UnicodeDecodeError):
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError):
             config = None
         if not isinstance(config, dict):
             raise UserError(f"{path / 'config.yaml'} is not a YAML mapping: repair or restore it")
@@ -269,7 +271,7 @@ def _to_json(values: Mapping[str, Scalar], indent: int | None = None) -> str:
 def _from_json(text: bytes, where: str) -> dict[str, Any]:
     try:
         values = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
         raise UserError(f"{where} is not a JSON object: repair or restore the file")

@@ -15,6 +15,8 @@ from typing import Any
 from gfnem.errors import UserError
 from gfnem.run.directory import Run
 from gfnem.run.paired import Scores, read_scores
+from gfnem.run.patterns import USUAL, patterns_for
+from gfnem.run.shown import printable
 
 _API_SECONDS = 20  # to wait for an answer of the service
 
@@ -39,6 +41,8 @@ class FinishedRun:
     def read(cls, directory: Path) -> FinishedRun:
         """Raises UserError for a run that is broken or not complete."""
         run = Run.open(directory)
+        for purpose in USUAL:
+            patterns_for(run.config, purpose)
         finished = cls.of(str(directory), run.config, run.summary(), run.metrics())
         return replace(finished, scores=read_scores(directory))
 
@@ -72,8 +76,8 @@ def finished_runs(places: Iterable[str], project: str | None = None) -> list[Fin
     for source in (*directories, *records):
         try:
             run = FinishedRun.read(source) if isinstance(source, Path) else FinishedRun.of(*source)
-        except (UserError, OSError) as error:
-            print(f"left out: {error}", file=sys.stderr)
+        except (UserError, OSError, ValueError, TypeError, KeyError) as error:
+            print(f"left out: {printable(str(error))}", file=sys.stderr)
         else:
             found.append(run)
     if not found:

@@ -12,6 +12,8 @@ import pytest
 
 from gfnem.app.main import main
 
+pytestmark = pytest.mark.slow
+
 # Its jobs go on when both are there: one after the other, they never would.
 MEETING = """\
 import time
@@ -102,7 +104,7 @@ def test_jobs_run_at_the_same_time(
     # Whoever reads a run finds its modules, too.
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    assert main(["evaluate", "run=sweep/seed=0"]) == 0
+    assert main(["evaluate", "run=sweep/seed=0", "--config-dir", "mine"]) == 0
 
 
 @pytest.mark.parametrize("launcher", PLUGINS)

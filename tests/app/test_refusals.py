@@ -51,7 +51,7 @@ MISTAKES = {
     "--cfg": "--cfg takes one of job, hydra, all, as --cfg job",
     "-m --cfg job": "--multirun and --cfg do not go together: give one of them",
     "em.m_steps": "'em.m_steps' is not of the form key=value: see gfnem --help",
-    "parse --config-dir mine": "gfnem parse takes no flags: see gfnem parse --help",
+    "parse --multirun": "gfnem parse takes no flags: see gfnem parse --help",
     "prase --help": "there is no verb prase: did you mean parse?",
 }
 

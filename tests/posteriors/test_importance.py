@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from gfnem.em import EM
 from gfnem.errors import UserError
 from gfnem.latents import EStep, Latents
 from gfnem.posterior import Posterior
@@ -132,10 +133,15 @@ def test_there_is_nothing_to_learn_for_the_prior():
     assert not (posterior.joint or posterior.closed_m_step)
 
 
+class Nothing:
+    def train_batches(self, epoch: int) -> list[object]:
+        return []
+
+
 def test_models_and_proposals_that_give_no_weights():
     message = "^posterior=importance proposes draws of the prior, which Intractable does not give:"
     with pytest.raises(UserError, match=message):
-        ImportancePosterior().sample(Intractable(), mixture.points(1), 1)
+        EM(Intractable(), ImportancePosterior(), Nothing(), m_steps=1)
     message = "^posterior.proposal is MCMC, whose draws have no weights: use a proposal whose"
     with pytest.raises(UserError, match=message):
         posterior = ImportancePosterior(MCMC(Gibbs()))

@@ -636,3 +636,23 @@ class TestWandb:
         with pytest.raises(UserError, match=r"UsageError: No API key .*and `wandb login`$"):
             finished_runs([], "a/b")
         wandb.teardown()
+
+
+def test_names_from_strangers_are_shown_and_not_interpreted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["=HYPERLINK(0)", "<script>|`x`", "\x1b[2Jgone\nnext", "$\\frac", "[bold]"]
+    for number, name in enumerate(names):
+        write_run(tmp_path / str(number), changed(latent=name), 2.0)
+    weird = write_run(tmp_path / "weird", changed(), 2.0)
+    (weird / "config.yaml").write_text("patterns: {console: 7}\nseed: [[], {}]\n")
+    compare([str(tmp_path)], out=str(tmp_path / "out"))
+    captured = capsys.readouterr()
+    assert captured.err.startswith("left out: patterns.console is 7")
+    assert "\x1b" not in captured.out and r"\x1b[2Jgone\nnext" in captured.out
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "<script>" not in table and table.count("\n") == 2 + len(names)
+    rows = (tmp_path / "out" / "table.csv").read_text().splitlines()
+    assert len(rows) == 1 + len(names)
+    assert not any(row.startswith(("=", "+", "@")) for row in rows)
+    assert (tmp_path / "out" / "curves.png").exists()

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from gfnem.errors import UserError
-from gfnem.latents import EStep, Latents
+from gfnem.latents import EStep, Latents, LatentTable
+from gfnem.model import LatentVariableModel
 from gfnem.posterior import Posterior
 from gfnem.tasks.discrete_vae.images import Images
 from gfnem.tasks.discrete_vae.importance import choose_temperature
@@ -69,6 +70,13 @@ class WarmStart(Posterior):
     @property
     def m_step_samples(self) -> int:
         return self.active.m_step_samples
+
+    def check(self, model: LatentVariableModel) -> None:
+        self.start.check(model)
+        self.then.check(model)
+
+    def tabulate(self, model: LatentVariableModel, x: Images) -> LatentTable | None:
+        return self.active.tabulate(model, x)
 
     def e_step(self, model: DiscreteVAE, x: Images) -> EStep:
         if int(self.done) == self.steps:

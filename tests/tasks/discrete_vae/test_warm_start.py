@@ -184,3 +184,18 @@ def test_m_steps_in_closed_form_are_refused_at_once():
     message = "^posterior.m_step=closed needs a model that knows its maximum; DiscreteVAE does not"
     with pytest.raises(UserError, match=message):
         EM(make_model(), posterior, Pictures(), m_steps=1)
+
+
+def test_both_posteriors_check_the_model_and_the_active_one_tabulates(monkeypatch):
+    posterior, model, x = make("vq", steps=1), make_model(), images(2)
+    checked, tables = [], {}
+    for name in ("start", "then"):
+        part = getattr(posterior, name)
+        tables[name] = object()
+        monkeypatch.setattr(part, "check", lambda model, name=name: checked.append(name))
+        monkeypatch.setattr(part, "tabulate", lambda model, x, name=name: tables[name])
+    posterior.check(model)
+    assert checked == ["start", "then"]
+    assert posterior.tabulate(model, x) is tables["start"]
+    posterior.e_step(model, x)
+    assert posterior.tabulate(model, x) is tables["then"]
