@@ -10,13 +10,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import gfnem
 from gfnem.errors import UserError
 from gfnem.run.checkpoint import atomic_write
 
 WORDS = "words.json"
 ENVIRONMENT = "environment.json"
-LIBRARIES = ("torch", "torchgfn", "numpy", "hydra-core")
+LIBRARIES = ("gfnem", "torch", "torchgfn", "numpy", "hydra-core")
 
 
 def keep_provenance(run: Path, data: Any) -> None:
@@ -25,7 +24,6 @@ def keep_provenance(run: Path, data: Any) -> None:
     if words is not None:
         _write(run / WORDS, words)
     environment = {
-        "gfnem": gfnem.__version__,
         "commit": _commit(),
         "python": platform.python_version(),
         **{library: version(library) for library in LIBRARIES},
@@ -62,7 +60,7 @@ def _words(data: Any) -> list[str] | None:
 
 def _commit() -> str | None:
     """The commit of gfnem's own sources; None where they are in no repository."""
-    source = Path(gfnem.__file__).parents[1]
+    source = Path(__file__).parents[2]
     if not (source / ".git").exists():
         return None
     try:
